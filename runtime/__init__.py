@@ -1,0 +1,1 @@
+"""Devices, weights and requests: everything between a prompt and a clip."""

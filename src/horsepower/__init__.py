@@ -1,0 +1,34 @@
+"""horsepower: single-stream audio-video diffusion, from prompt to clip through one door, `Engine.run`."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from horsepower.runtime.engine import Engine as Engine
+    from horsepower.runtime.request import Cancelled as Cancelled
+    from horsepower.runtime.request import Progress as Progress
+    from horsepower.runtime.request import Request as Request
+    from horsepower.runtime.request import Result as Result
+
+__version__ = "0.1.0"
+__all__ = ["Cancelled", "Engine", "Progress", "Request", "Result"]
+
+_HOME = {
+    "Engine": "horsepower.runtime.engine",
+    "Cancelled": "horsepower.runtime.request",
+    "Progress": "horsepower.runtime.request",
+    "Request": "horsepower.runtime.request",
+    "Result": "horsepower.runtime.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `horsepower --help` and `import horsepower` do not pay for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'horsepower' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
