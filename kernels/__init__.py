@@ -1,0 +1,1 @@
+"""Fused operators, one a file: schema, shape rule, reference, kernels and cost."""

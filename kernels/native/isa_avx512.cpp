@@ -1,0 +1,10 @@
+#include "add_rms_norm.inl"
+
+namespace horsepower {
+
+const Ops& avx512_ops() {
+  static constexpr Ops ops{add_rms_norm};
+  return ops;
+}
+
+}  // namespace horsepower

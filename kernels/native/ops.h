@@ -1,0 +1,37 @@
+// What every instruction set implements: one function pointer an op.
+#pragma once
+
+#include <cstdint>
+
+namespace horsepower {
+
+struct AddRmsNorm {
+  const float* residual;     // [rows, dim], rows residual_pitch apart
+  const void* branch;        // [rows, dim], rows branch_pitch apart; bf16 or float
+  const float* gain;         // [experts, dim], stored around zero
+  float* sum;                // [rows, dim]
+  void* normed;              // [rows, dim]; bf16 or float
+  int64_t residual_pitch, branch_pitch;
+  int64_t rows, dim;
+  int64_t first_rows[2];     // where the second and the third expert's rows begin; `rows` when there is one expert
+  float eps;
+  bool branch_bf16, normed_bf16;
+  int threads;
+};
+
+struct Ops {
+  void (*add_rms_norm)(const AddRmsNorm&);
+};
+
+const Ops& portable_ops();
+#if defined(__x86_64__)
+const Ops& avx2_ops();
+const Ops& avx512_ops();
+#endif
+
+// Names of the instruction sets that this CPU runs, best first.
+int supported_isas(const char* (&names)[3]);
+// The ops of one of them; null for a name that this CPU does not run.
+const Ops* ops_for(const char* isa);
+
+}  // namespace horsepower

@@ -1,0 +1,24 @@
+"""Native CPU kernels of horsepower, in the widest instruction set that the CPU has."""
+
+def isas() -> list[str]:
+    """Instruction sets that this CPU runs, best first."""
+
+def add_rms_norm(
+    isa: str,
+    residual: int,
+    branch: int,
+    gain: int,
+    sum: int,
+    normed: int,
+    residual_pitch: int,
+    branch_pitch: int,
+    rows: int,
+    dim: int,
+    second: int,
+    third: int,
+    eps: float,
+    branch_bf16: bool,
+    normed_bf16: bool,
+    threads: int,
+) -> None:
+    """See horsepower.kernels.add_rms_norm. Addresses; pitches in elements."""
