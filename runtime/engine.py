@@ -1,0 +1,246 @@
+"""The one door: `Engine.from_pretrained(...).run(request)`."""
+
+import os
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from horsepower.runtime import memory
+from horsepower.runtime.media import image_pixels, open_image, read_audio
+from horsepower.runtime.models.audio_vae import CODEC_RATE, OUTPUT_RATE, STRIDE
+from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.models.text import TextEncoder
+from horsepower.runtime.pipeline import (
+    BaseGuidance,
+    Latents,
+    Stage,
+    Texts,
+    denoise,
+    prepare,
+    super_resolve,
+    to_frames,
+)
+from horsepower.runtime.presets import ModelName, Sizes, sizes
+from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, structured_prompt
+from horsepower.runtime.request import Progress, Request, Result
+from horsepower.runtime.sampling import Noise, SeededNoise
+from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder
+from horsepower.runtime.tokens import FPS, Grid
+from horsepower.runtime.watch import Watch
+
+MODES = ("eager",)
+DTYPES = (torch.bfloat16, torch.float32)
+SUPER_RESOLUTION = Stage("super-resolution", steps=5, sampler="unipc", coords="v1")
+
+
+class Conditions(NamedTuple):
+    """What a request gives beside its text, as latents: a frame for each stage's size, and sound."""
+
+    base_image: Tensor | None
+    final_image: Tensor | None
+    audio: Tensor | None
+
+
+class Engine:
+    """Turns requests into clips on one device. One request runs at a time; others wait, from any thread."""
+
+    def __init__(self, source: Source, model: ModelName, device: torch.device):
+        self._source, self.model, self.device = source, model, device
+        self._dits: dict[ModelName, DiT] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        model: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        mode: str = "eager",
+    ) -> "Engine":
+        """Open a folder of released checkpoints, or the built-in preset "foal".
+
+        model: "distill" or "base"; None takes the distilled one where there is one.
+        device: None takes the first GPU, else the CPU.
+        dtype: of the matrix products: torch.bfloat16 or torch.float32; None takes bfloat16 where it is fast.
+        mode: "eager".
+        The base model and the text encoder are loaded now, other parts when a request first needs them.
+        Raises ValueError naming what is missing or wrong.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode: got {mode!r}, allowed: {', '.join(MODES)}")
+        chosen = _device(device)
+        dtype = _dtype(dtype, chosen)
+        source = _open(folder, chosen, dtype)
+        there = [name for name in ("distill", "base") if name in source.models()]
+        if not there or model not in (None, *there):
+            got = repr(model) if there else f"neither in {folder}"
+            raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
+        engine = cls(source, there[0] if model is None else model, chosen)
+        engine._dit(engine.model)
+        _ = engine._text_encoder
+        return engine
+
+    def run(
+        self,
+        request: Request,
+        on_progress: Callable[[Progress], None] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Result:
+        """Make one clip; the same bits for the same request, whatever ran before or runs beside it.
+
+        on_progress is called before the first and after every step of every stage. Setting `cancel` ends the request
+        at the next step with `Cancelled`. Raises ValueError for what the model cannot do or the files do not hold.
+        """
+        stage, picture = self._stage(request), sizes(request.resolution)
+        self._check_picture(request, picture)
+        with self._lock, torch.no_grad():
+            watch, noise = Watch(self.device, on_progress, cancel), SeededNoise(request.seed)
+            texts, notes = self._read(request, stage, watch)
+            given = self._condition(request, picture, noise, watch)
+            audio = _audio_latents(request) if given.audio is None else given.audio.shape[1]
+            grid, final = Grid.of(*picture.base, audio), Grid.of(*picture.final, audio)
+            start = prepare(grid, noise, self.device, given.audio)
+            keep_audio = given.audio is not None and (request.keep_audio or self.model == "base")
+            dit = self._dit(self.model)
+            latents = denoise(dit, start, texts, stage, noise, watch, given.base_image, keep_audio)
+            if picture.super_resolution:
+                dit, stage = self._dit(picture.super_resolution), SUPER_RESOLUTION
+                latents = super_resolve(dit, latents, final, texts, stage, noise, watch, given.final_image)
+            video, sound = self._decode(latents, watch)
+        notes = (*self._source.notes, *notes, *_rounding(request, picture))
+        return Result(video, sound, FPS, OUTPUT_RATE, request.seed, watch.timings, notes)
+
+    def _stage(self, request: Request) -> Stage:
+        """How the base stage runs. Raises ValueError for what only the base model understands."""
+        if self.model == "distill":
+            for name in ("negative_prompt", "guidance", "sampler"):
+                if (value := getattr(request, name)) is not None:
+                    raise ValueError(f"{name}: got {value!r}, allowed: None with the distilled model")
+            return Stage("base", request.num_inference_steps or 8, "distilled")
+        guidance = BaseGuidance() if request.guidance is None else BaseGuidance(request.guidance, request.guidance)
+        sampler = "sde" if request.sampler == "sde" else "unipc"
+        return Stage("base", request.num_inference_steps or 32, sampler, guidance)  # type: ignore[arg-type]
+
+    def _check_picture(self, request: Request, picture: Sizes) -> None:
+        """Raise ValueError if the model for this size is not there, or memory cannot hold the clip."""
+        name = picture.super_resolution
+        if name is not None and name not in self._source.models():
+            raise ValueError(
+                f"resolution: got {request.resolution!r}, which needs the model {name}, allowed: 256p with these files"
+            )
+        grid = Grid.of(*picture.final, _audio_latents(request))
+        memory.check_fits(self._source.config(name or self.model), grid, self.device)
+
+    def _read(self, request: Request, stage: Stage, watch: Watch) -> tuple[Texts, tuple[str, ...]]:
+        """Encode the prompts; and say if the prompt had to be cut."""
+        with watch.stage("text"):
+            prompt = structured_prompt(request.prompt, request.speech_text, request.speech_language)
+            encoded, negative = self._text_encoder(prompt), None
+            if stage.guidance is not None:
+                negative = self._text_encoder(request.negative_prompt or DEFAULT_NEGATIVE_PROMPT).features
+        kept = len(encoded.features)
+        cut = (f"prompt: {encoded.total_tokens} tokens, of which the first {kept} were used",)
+        return Texts(encoded.features, negative), cut if encoded.total_tokens > kept else ()
+
+    def _condition(self, request: Request, picture: Sizes, noise: Noise, watch: Watch) -> Conditions:
+        """Encode the given image and sound, if any; sound first, since it draws noise."""
+        if request.image is None and request.audio is None:
+            return Conditions(None, None, None)
+        with watch.stage("conditioning"):
+            audio = base_image = final_image = None
+            if request.audio is not None:
+                wave = read_audio(request.audio, request.duration)
+                wave = wave[: len(wave) // STRIDE * STRIDE]
+                if not len(wave):
+                    least = STRIDE / CODEC_RATE
+                    raise ValueError(f"audio: got less than {least} seconds of sound, allowed: at least that")
+                audio = self._audio_codec.encode(wave.expand(2, -1).to(self.device), noise)
+            if request.image is not None:
+                image = open_image(request.image)
+                base_image, final_image = (
+                    self._image_encoder(image_pixels(image, *size).to(self.device))
+                    for size in (picture.base, picture.final)
+                )
+            return Conditions(base_image, final_image, audio)
+
+    def _decode(self, latents: Latents, watch: Watch) -> tuple[Tensor, Tensor]:
+        """Frames uint8 [F, H, W, 3] and sound float32 [S, 2], on the CPU."""
+        grid = latents.grid
+        width, height = grid.pixels
+        with watch.stage("video"):
+            video = to_frames(self._video_decoder(latents.video), (4 * grid.frames - 3, height, width))
+        with watch.stage("audio"):
+            return video, self._audio_codec.decode(latents.audio).cpu()
+
+    def _dit(self, name: ModelName) -> DiT:
+        if name not in self._dits:
+            self._dits[name] = self._source.dit(name)
+        return self._dits[name]
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        return self._source.text_encoder()
+
+    @cached_property
+    def _image_encoder(self) -> ImageEncoder:
+        return self._source.image_encoder()
+
+    @cached_property
+    def _video_decoder(self) -> VideoDecoder:
+        return self._source.video_decoder()
+
+    @cached_property
+    def _audio_codec(self) -> AudioCodec:
+        return self._source.audio_codec()
+
+
+def _open(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> Source:
+    if folder == "foal":
+        from horsepower.runtime.foal import Foal
+
+        return Foal(device, dtype)
+    from horsepower.runtime.released import ReleasedFolder
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"folder: got {str(folder)!r}, allowed: a folder of checkpoints, or the preset foal")
+    return ReleasedFolder(Path(folder), device, dtype)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, allowed: cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: got {str(chosen)!r}, allowed: cpu, or cuda where torch finds a GPU")
+    return chosen
+
+
+def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        # CPUs without AVX-512 have no fast bfloat16 products.
+        slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+        return torch.float32 if slow else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}, allowed: {', '.join(map(str, DTYPES))}")
+    return dtype
+
+
+def _audio_latents(request: Request) -> int:
+    """One a video frame, and one for the end."""
+    return int(request.duration * FPS) + 1
+
+
+def _rounding(request: Request, picture: Sizes) -> tuple[str, ...]:
+    if isinstance(request.resolution, str) or request.resolution == picture.final:
+        return ()
+    asked, made = ("x".join(map(str, size)) for size in (request.resolution, picture.final))
+    return (f"resolution: {asked} was rounded down to {made}, multiples of 32",)

@@ -1,0 +1,98 @@
+"""`foal`, the built-in preset: the full 40-layer path, small enough for any CPU, with nothing to download.
+
+Its weights come from a fixed seed; they are not trained. The clips have the form of the real ones (size, length, rate,
+response to prompt, image and sound) and no meaning.
+"""
+
+import zlib
+
+import torch
+from torch import nn
+
+from horsepower.runtime.models import audio_vae, wan_vae
+from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.models.dit_config import DiTConfig
+from horsepower.runtime.models.text import HashedWordEncoder, TextEncoder
+from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
+from horsepower.runtime.presets import FOAL_MODELS, ModelName
+from horsepower.runtime.source import AudioCodec, ImageEncoder, OobleckCodec, VideoDecoder
+
+TURBO = TurboConfig(decoder_block_out_channels=(8, 16, 24, 32))
+
+
+class Foal:
+    """The preset's parts, on a device and in the dtype of the matrix products."""
+
+    notes: tuple[str, ...] = ("model: foal has generated, untrained weights; its clips show form, not meaning",)
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self._device, self._dtype = device, dtype
+
+    def models(self) -> tuple[ModelName, ...]:
+        return tuple(FOAL_MODELS)
+
+    def config(self, name: ModelName) -> DiTConfig:
+        return FOAL_MODELS[name]
+
+    def dit(self, name: ModelName) -> DiT:
+        model = DiT(FOAL_MODELS[name], self._dtype)
+        generate(model, name)
+        with torch.no_grad():
+            for key, weight in model.named_parameters():
+                if key.endswith(("linear_proj.weight", "down_proj.weight")):
+                    weight.mul_(0.2)  # 80 branches of unit size would drown the embeddings
+        return model.to(self._device)
+
+    def text_encoder(self) -> TextEncoder:
+        return HashedWordEncoder(FOAL_MODELS["base"].text_in_channels)
+
+    def image_encoder(self) -> ImageEncoder:
+        vae = wan_vae.build("cpu", self._dtype, encoder_width=8, decoder_width=8)
+        generate(vae, "image")
+        vae.to(self._device)
+        return lambda pixels: wan_vae.encode(vae, pixels)
+
+    def video_decoder(self) -> VideoDecoder:
+        decoder = TurboDecoder(TURBO)
+        generate(decoder, "video")
+        smooth(decoder)
+        decoder.to(self._device, self._dtype)
+        return lambda latents: decoder.decode_chunks(latents.to(self._dtype))
+
+    def audio_codec(self) -> AudioCodec:
+        vae = audio_vae.build("cpu", encoder_width=4, decoder_width=4)
+        generate(vae, "audio")
+        with torch.no_grad():
+            vae.decoder.conv2.weight_g.mul_(0.002)  # a bearable loudness
+        return OobleckCodec(vae.to(self._device))
+
+
+def generate(module: nn.Module, name: str) -> None:
+    """Fill a module on the CPU: matrices that keep the variance, norms and biases that do nothing.
+
+    The same for the same name on every machine; torch's global generator is not touched.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            leaf = key.rpartition(".")[2]
+            if leaf in ("gamma", "weight_g"):
+                parameter.fill_(1)
+            elif parameter.ndim == 1 or leaf in ("alpha", "beta"):
+                parameter.zero_()
+            else:
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(values * values[0].numel() ** -0.5)
+    module.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def smooth(decoder: TurboDecoder) -> None:
+    """Make every convolution of a generated decoder a blur, so that latents become clouds of colour, not static."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            weight = module.weight
+            kernel = tuple(range(2, weight.ndim))
+            weight.copy_(weight.mean(kernel, keepdim=True) if weight[0, 0].numel() > 1 else weight)
+    out = decoder.decoder.conv_out.conv.weight
+    out.copy_(out[::4].repeat_interleave(4, dim=0))  # one colour for the pixels of a patch

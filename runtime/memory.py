@@ -1,0 +1,46 @@
+"""What a clip needs beside the weights, known before anything is allocated."""
+
+import os
+
+import torch
+
+from horsepower.runtime.models.dit_config import DiTConfig
+from horsepower.runtime.models.text import MAX_TOKENS
+from horsepower.runtime.tokens import Grid
+
+
+def activation_bytes(config: DiTConfig, grid: Grid, text: int = MAX_TOKENS) -> int:
+    """Peak of the eager DiT's activations, reached inside an MLP's float32 activation function."""
+    # Residual, norm output, up-projection (with its bfloat16 twin) and the temporaries of swiglu7 or gelu7.
+    widest = max(32 * config.swiglu7_width, 18 * config.gelu7_width)
+    return (grid.video + grid.audio + text) * (6 * config.hidden_size + widest)
+
+
+def picture_bytes(grid: Grid) -> int:
+    """The finished frames, uint8."""
+    width, height = grid.pixels
+    return (4 * grid.frames - 3) * width * height * 3
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device, the caching allocator's own reserve counted in."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            fields = dict(line.split(":", 1) for line in f)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_fits(config: DiTConfig, grid: Grid, device: torch.device) -> None:
+    """Raise ValueError if denoising or holding the clip needs more memory than is free."""
+    needed, free = activation_bytes(config, grid) + picture_bytes(grid), free_bytes(device)
+    if needed > free:
+        width, height = grid.pixels
+        raise ValueError(
+            f"resolution, duration: got {width}x{height} with {grid.frames} latent frames, which needs about "
+            f"{needed / 2**30:.1f} GiB beside the weights, allowed: what fits {free / 2**30:.1f} GiB free on {device}"
+        )

@@ -1,0 +1,67 @@
+"""Where an engine's parts come from: the built-in preset, or a folder of released checkpoints."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from horsepower.runtime.models import audio_vae
+from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.models.dit_config import DiTConfig
+from horsepower.runtime.models.text import TextEncoder
+from horsepower.runtime.presets import ModelName
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderOobleck
+
+# Latents [1, 48, T, h, w] -> pixel chunks [1, 3, f, 16 h, 16 w] in [-1, 1], 4 T - 3 frames in all.
+VideoDecoder = Callable[[Tensor], Iterable[Tensor]]
+# Pixels [1, 3, 1, H, W] in [-1, 1] -> one normalised latent frame [1, 48, 1, H / 16, W / 16], float32.
+ImageEncoder = Callable[[Tensor], Tensor]
+
+
+class AudioCodec(Protocol):
+    """Sound to latents, 25 a second, and back."""
+
+    def encode(self, wave: Tensor, draw: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """Stereo float32 [2, S] at 51.2 kHz -> [1, S // 2048, 64], sampled with normal draws from `draw`."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[1, A, 64] -> stereo float32 [S, 2] at 44.1 kHz."""
+        ...
+
+
+class OobleckCodec:
+    """Stable Audio's autoencoder as a codec."""
+
+    def __init__(self, vae: "AutoencoderOobleck"):
+        self._vae = vae
+
+    def encode(self, wave: Tensor, draw: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        return audio_vae.encode(self._vae, wave, draw)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return audio_vae.decode(self._vae, latents)
+
+
+class Source(Protocol):
+    """Builds parts on the engine's device; each method is called at most once."""
+
+    notes: tuple[str, ...]  # what every result made from this source should say
+
+    def models(self) -> tuple[ModelName, ...]:
+        """The DiTs that are there."""
+        ...
+
+    def config(self, name: ModelName) -> DiTConfig: ...
+
+    def dit(self, name: ModelName) -> DiT: ...
+
+    def text_encoder(self) -> TextEncoder: ...
+
+    def image_encoder(self) -> ImageEncoder: ...
+
+    def video_decoder(self) -> VideoDecoder: ...
+
+    def audio_codec(self) -> AudioCodec: ...

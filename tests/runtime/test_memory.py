@@ -1,0 +1,68 @@
+"""Memory is predicted before it is taken."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from horsepower.runtime import memory
+from horsepower.runtime.foal import generate
+from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.presets import FOAL, MODELS
+from horsepower.runtime.tokens import Grid, coordinates
+
+
+def test_absurd_clips_are_refused_with_figures():
+    grid = Grid.of(8192, 8192, 1501)
+    with pytest.raises(ValueError, match=r"resolution, duration: got 8192x8192 .* GiB beside the weights, allowed:"):
+        memory.check_fits(MODELS["base"], grid, torch.device("cpu"))
+
+
+def test_small_clips_are_let_through():
+    memory.check_fits(FOAL, Grid.of(64, 64, 11), torch.device("cpu"))
+
+
+def test_free_memory_of_this_machine():
+    assert 2**28 < memory.free_bytes(torch.device("cpu")) < 2**50
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make and that still live."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {weight.untyped_storage().data_ptr() for weight in weights}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor.untyped_storage())
+        return result
+
+    def note(self, storage):
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in self.known:
+            self.known.add(address)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, address, size)
+
+    def forget(self, address, size):
+        self.known.discard(address)
+        self.live -= size
+
+
+@pytest.mark.parametrize("gelu7", [(), (0, 1)])
+def test_the_prediction_is_what_eager_takes(gelu7):
+    config = replace(FOAL, num_layers=2, mm_layers=(), gelu7_layers=gelu7)
+    model, grid = DiT(config), Grid.of(256, 128, 25)
+    generate(model, "memory")
+    inputs = (torch.zeros(grid.video, 192), torch.zeros(grid.audio, 64), torch.zeros(40, 64), coordinates(grid, 40))
+    with torch.no_grad(), LiveBytes(model.state_dict().values()) as count:
+        model(*inputs, grid.frames)
+    predicted = memory.activation_bytes(config, grid, 40)
+    assert 0.85 * predicted < count.peak < 1.1 * predicted

@@ -1,0 +1,154 @@
+"""A folder in the released layout, from download to clip."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from horsepower import Engine, Request
+from horsepower.runtime.convert import convert
+from horsepower.runtime.models import audio_vae, wan_vae
+from horsepower.runtime.released import ReleasedFolder
+from tiny_release import write_release
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+REQUEST = {"prompt": "the red cat walks on the wall", "duration": 0.6, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="session")
+def downloaded(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("release") / "magi"
+    write_release(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(downloaded, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "magi"
+    shutil.copytree(downloaded, folder)
+    for pickle in ("turbo_vae/checkpoint-340000.ckpt", "Wan2.2-TI2V-5B/Wan2.2_VAE.pth"):
+        convert(folder / pickle)
+        (folder / pickle).unlink()
+    return folder
+
+
+@pytest.fixture
+def copy(converted, tmp_path) -> Path:
+    shutil.copytree(converted, tmp_path / "magi")
+    return tmp_path / "magi"
+
+
+@pytest.mark.parametrize("model", ["distill", "base"])
+def test_text_to_video(converted, model):
+    result = Engine.from_pretrained(converted, model).run(Request(resolution=(96, 64), **REQUEST))
+    assert result.video.shape == (13, 64, 96, 3)
+    assert result.audio.shape == (16 * 1764, 2)
+    assert not result.notes
+
+
+def test_all_parts_in_one_clip(converted, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (200, 100), "red").save(tmp_path / "red.png")
+    engine = Engine.from_pretrained(converted)
+    for resolution, stage in (((480, 512), "super-resolution"), ((96, 64), "base")):
+        result = engine.run(Request(resolution=resolution, image=tmp_path / "red.png", **REQUEST))
+        assert result.size == resolution
+        assert stage in result.timings.stages
+
+
+def test_the_parts_hold_the_files_values(converted):
+    source = ReleasedFolder(converted, CPU, BF16)
+    files = sorted((converted / "distill").glob("*.safetensors"))
+    state = {key: value for file in files for key, value in load_file(file).items()}
+    dit = source.dit("distill").state_dict()
+    assert all(torch.equal(dit[key], value.to(dit[key].dtype)) for key, value in state.items())
+    assert source.config("1080p_sr").local_attn_layers == (0, 1, 2, 4)
+    wan = load_file(converted / "Wan2.2-TI2V-5B" / "Wan2.2_VAE.safetensors")
+    vae = source._wan().state_dict()
+    assert all(torch.equal(vae[wan_vae.rename(key)], value.to(BF16)) for key, value in wan.items())
+
+
+def test_diffusers_folders_are_taken_as_they_are(converted, copy):
+    source = ReleasedFolder(converted, CPU, BF16)
+    latents = torch.randn(1, 48, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    sound = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+    shutil.rmtree(copy / "turbo_vae")
+    want_pixels = list(ReleasedFolder(copy, CPU, BF16).video_decoder()(latents))
+    want_wave = source.audio_codec().decode(sound)
+    for part, vae in (("Wan2.2-TI2V-5B", source._wan()), ("stable-audio-open-1.0", source.audio_codec()._vae)):
+        shutil.rmtree(copy / part)
+        vae.save_pretrained(copy / part / "vae")
+    again = ReleasedFolder(copy, CPU, BF16)
+    assert torch.equal(next(iter(again.video_decoder()(latents))), want_pixels[0])
+    assert torch.equal(again.audio_codec().decode(sound), want_wave)
+
+
+def test_a_folder_of_the_reference_shape_needs_no_config(copy):
+    (copy / "base" / "config.json").unlink()
+    source = ReleasedFolder(copy, CPU, BF16)
+    assert source.config("base").hidden_size == 5120
+    with pytest.raises(ValueError, match=r"checkpoint .*base: is missing block\.layers"):
+        source.dit("base")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("distill", None),
+        ("t5gemma-9b-9b-ul2", "folder: got .* without t5gemma-9b-9b-ul2"),
+        ("stable-audio-open-1.0", "folder: got .* without stable-audio-open-1.0"),
+        ("turbo_vae", None),
+        ("540p_sr", "resolution: got '540p', which needs the model 540p_sr"),
+    ],
+)
+def test_a_missing_part_is_named_when_it_is_needed(copy, part, message):
+    shutil.rmtree(copy / part)
+    resolution = "540p" if part == "540p_sr" else (64, 32)
+
+    def run():
+        return Engine.from_pretrained(copy).run(Request(resolution=resolution, **REQUEST))
+
+    if message is None:  # base steps in for distill, and Wan's decoder for Turbo's
+        assert run().video.any()
+    else:
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
+def test_a_pickle_is_refused_with_the_way_out(downloaded):
+    source = ReleasedFolder(downloaded, CPU, BF16)
+    with pytest.raises(ValueError, match=r"checkpoint-340000\.ckpt, which is a pickle, .*`horsepower convert "):
+        source.video_decoder()
+    with pytest.raises(ValueError, match=r"Wan2\.2_VAE\.pth, which is a pickle"):
+        source.image_encoder()
+
+
+def test_no_model_at_all(tmp_path):
+    with pytest.raises(ValueError, match="model: got neither in .*, allowed: distill, base"):
+        Engine.from_pretrained(tmp_path)
+
+
+def test_broken_parts_name_their_file(copy):
+    turbo = next((copy / "turbo_vae").glob("*.safetensors"))
+    state = load_file(turbo)
+    del state["decoder.conv_in.conv.bias"]
+    save_file(state, turbo)
+    source = ReleasedFolder(copy, CPU, BF16)
+    with pytest.raises(ValueError, match=r"checkpoint .*turbo_vae.*: is missing decoder.conv_in.conv.bias, allowed"):
+        source.video_decoder()
+    (copy / "stable-audio-open-1.0" / "model_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"missing in the configuration"):
+        source.audio_codec()
+    (copy / "base" / "config.json").write_text('{"head_dim": 7}')
+    with pytest.raises(ValueError, match=r"head_dim, num_query_groups: got 7"):
+        source.config("base")
+
+
+def test_the_audio_prefix_is_the_released_one(converted):
+    keys = load_file(converted / "stable-audio-open-1.0" / "model.safetensors").keys()
+    ours = [key.removeprefix("pretransform.model.") for key in keys if key.startswith("pretransform.model.")]
+    assert len(ours) == 365
+    assert len({audio_vae.rename(key) for key in ours}) == 365
