@@ -1,0 +1,1 @@
+"""Measurement: paired timings, and what is measured with them."""
