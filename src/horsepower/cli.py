@@ -1,0 +1,152 @@
+"""The command line: a thin face on the Python interface. Nothing heavy is imported before a command needs it."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from horsepower.runtime.request import Progress, Result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if it succeeded, 2 for what the user has to mend, 130 if interrupted."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except ValueError as error:
+        print(f"horsepower: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("horsepower: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="horsepower", description="Single-stream audio-video diffusion: a prompt in, a clip with sound out."
+    )
+    from horsepower import __version__
+
+    parser.add_argument("--version", action="version", version=f"horsepower {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(commands.add_parser("generate", help="make a clip from a prompt"))
+    _add_convert(commands.add_parser("convert", help="turn a published pickle into safetensors"))
+    doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", help="what to show and to sound; 150 to 200 English words work best")
+    parser.add_argument("-o", "--output", default="clip.mp4", metavar="FILE", help="mp4 (default: %(default)s)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--preset", default="foal", choices=("foal",), help="built-in model (default: %(default)s)")
+    where.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints")
+    parser.add_argument("--variant", choices=("distill", "base"), help="model of that folder (default: distill)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument(
+        "--resolution", default="256p", metavar="R", help="256p, 540p, 1080p or WIDTHxHEIGHT (default: %(default)s)"
+    )
+    parser.add_argument("--duration", type=float, default=5, metavar="S", help="seconds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the base stage (default: 8, base model 32)")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="default: %(default)s")
+    parser.add_argument("--image", metavar="FILE", help="first frame")
+    parser.add_argument("--audio", metavar="FILE", help="sound to follow")
+    parser.add_argument("--keep-audio", action="store_true", help="keep the given sound as it is")
+    parser.add_argument("--speech", metavar="LINE", help="line to be spoken")
+    parser.add_argument("--language", metavar="L", help="of the line: en zh yue ja ko de fr")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid (base model)")
+    parser.add_argument("--guidance", type=float, metavar="G", help="strength of guidance (base model; default: 5)")
+    parser.add_argument("--sampler", metavar="NAME", help="unipc or sde (base model; default: unipc)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(command=_generate)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="checkpoint-340000.ckpt, Wan2.2_VAE.pth")
+    parser.add_argument("target", nargs="?", help="file to write (default: beside the source, .safetensors)")
+    parser.set_defaults(command=_convert)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    _hush_libraries()
+    from horsepower import Engine, Request
+    from horsepower.runtime.media import check_output
+
+    output = check_output(arguments.output)
+    request = Request(
+        prompt=arguments.prompt,
+        resolution=_resolution(arguments.resolution),
+        duration=arguments.duration,
+        num_inference_steps=arguments.steps,
+        seed=arguments.seed,
+        image=arguments.image,
+        audio=arguments.audio,
+        keep_audio=arguments.keep_audio,
+        speech_text=arguments.speech,
+        speech_language=arguments.language,
+        negative_prompt=arguments.negative_prompt,
+        guidance=arguments.guidance,
+        sampler=arguments.sampler,
+    )
+    engine = Engine.from_pretrained(arguments.model or arguments.preset, arguments.variant, arguments.device)
+    result = engine.run(request, None if arguments.quiet or not sys.stderr.isatty() else _show)
+    result.save(output)
+    if not arguments.quiet:
+        _report(result, str(output))
+    return 0
+
+
+def _hush_libraries() -> None:
+    """Keep what diffusers and transformers say of themselves off the terminal."""
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _resolution(text: str) -> str | tuple[int, int]:
+    width, cross, height = text.partition("x")
+    return (int(width), int(height)) if cross and width.isdecimal() and height.isdecimal() else text
+
+
+def _show(progress: "Progress") -> None:
+    """One line on the terminal that is written over."""
+    bar = "#" * (20 * progress.step // progress.steps)
+    done = progress.step == progress.steps
+    line = f"\r{progress.stage:<18} [{bar:<20}] {progress.step}/{progress.steps}"
+    print(line, end="\n" if done else "", file=sys.stderr, flush=True)
+
+
+def _report(result: "Result", output: str) -> None:
+    width, height = result.size
+    frames = len(result.video)
+    print(f"{output}: {width}x{height}, {frames} frames at {result.fps} a second, sound at {result.sample_rate} Hz")
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.timings.stages.items())
+    print(f"{result.timings.total:.1f} s ({stages}), peak memory {result.timings.peak_memory / 2**30:.2f} GiB")
+    for note in result.notes:
+        print(f"note: {note}")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from horsepower.runtime.convert import convert
+
+    print(convert(arguments.source, arguments.target))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from horsepower.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The command line, in a process of its own where that matters."""
+
+import subprocess
+import sys
+
+import av
+import pytest
+
+from horsepower import cli, doctor
+
+
+def run(*arguments, **kwargs):
+    command = [sys.executable, "-m", "horsepower.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+GENERATE = ("generate", "A horse galloping", "--resolution", "64x32", "--duration", "0.6", "--steps", "1")
+
+
+def test_generate_writes_a_playable_clip(tmp_path):
+    clip = tmp_path / "clip.mp4"
+    done = run(*GENERATE, "-o", str(clip))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no progress where there is no terminal, no library chatter
+    assert str(clip) in done.stdout
+    assert "untrained weights" in done.stdout
+    with av.open(str(clip)) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
+        assert (video.width, video.height, video.average_rate) == (64, 32, 25)
+        assert (audio.channels, audio.rate) == (2, 44100)
+        assert len(list(container.decode(video=0))) == 13
+    with av.open(str(clip)) as container:
+        assert sum(frame.samples for frame in container.decode(audio=0)) >= 16 * 1764
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_quiet_says_nothing(tmp_path):
+    done = run(*GENERATE, "-q", "-o", str(tmp_path / "clip.mp4"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (("generate", ""), "prompt"),
+        (("generate", "x", "--duration", "nan"), "duration"),
+        (("generate", "x", "--steps", "0"), "num_inference_steps"),
+        (("generate", "x", "--resolution", "8k"), "resolution"),
+        (("generate", "x", "--resolution", "99999x99999"), "resolution"),
+        (("generate", "x", "--speech", "hi", "--language", "xx"), "speech_language"),
+        (("generate", "x", "--image", "missing.png"), "image"),
+        (("generate", "x", "--audio", "missing.wav"), "audio"),
+        (("generate", "x", "--guidance", "3"), "guidance"),
+        (("generate", "x", "--model", "/nowhere"), "folder"),
+        (("generate", "x", "--device", "tpu"), "device"),
+        (("generate", "x", "-o", "/nowhere/clip.mp4"), "output"),
+        (("generate", "x", "-o", "clip.avi"), "output"),
+        (("convert", "missing.ckpt"), "source"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, field, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"horsepower: {field}: got ")
+    assert ", allowed: " in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_options_are_exit_code_2():
+    assert run("generate", "x", "--fast").returncode == 2
+    assert run().returncode == 2
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from horsepower.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'numpy', 'av', 'PIL', 'diffusers', 'transformers') if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "generate" in said
+    assert said.endswith("[]\n")
+
+
+def test_progress_is_one_line_a_stage(capsys):
+    from horsepower import Progress
+
+    for step in range(3):
+        cli._show(Progress("base", step, 2))
+    shown = capsys.readouterr().err
+    assert shown.count("\r") == 3
+    assert shown.count("\n") == 1
+    assert shown.endswith("2/2\n")
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for part in ("torch", "gpu", "driver", "triton", "native kernels", "diffusers"):
+        assert part in said
+    missing = doctor._package("no-such-package", "nothing", "nothing is lost")
+    assert (missing.found, missing.means) == ("", "nothing is lost")
