@@ -1,0 +1,53 @@
+# Two commands for a fresh machine with Python 3.11 or newer and a C++ compiler: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CLIP ?= clip.mp4
+PROMPT ?= A horse galloping through a cherry blossom forest at sunset
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What is tested is what is installed, never a checkout that happens to lie on the path.
+unexport PYTHONPATH
+
+.PHONY: demo test install lint types suite slow golden bench clean
+
+demo: install
+	$(BIN)/horsepower generate "$(PROMPT)" --duration 2 --output $(CLIP)
+
+test: lint types suite
+
+install: $(VENV)/tools
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/horsepower-*.whl
+
+$(VENV)/tools: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet .[dev]
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy --strict -p horsepower
+
+suite: install
+	$(BIN)/python -m pytest
+
+# Minutes and gigabytes.
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+# Recordings in the folder HORSEPOWER_GOLDEN.
+golden: install
+	$(BIN)/python -m pytest -m golden
+
+bench: install
+	$(BIN)/python -m pytest -m benchmark bench --benchmark-columns=median,iqr,rounds
+
+clean:
+	rm -rf $(VENV) build dist
