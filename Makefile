@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CLIP ?= clip.mp4
+CLIP ?= $(CURDIR)/clip.mp4
 PROMPT ?= A horse galloping through a cherry blossom forest at sunset
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
