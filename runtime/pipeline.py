@@ -202,7 +202,7 @@ def to_frames(chunks: Iterable[Tensor], shape: tuple[int, int, int]) -> Tensor:
     frames = torch.empty(*shape, 3, dtype=torch.uint8)
     start = 0
     for chunk in chunks:
-        pixels = (chunk[0].float() * 0.5 + 0.5).clamp(0, 1) * 255
+        pixels = (chunk[0].float() * 0.5).add_(0.5).clamp_(0, 1).mul_(255)
         end = start + pixels.shape[1]
         frames[start:end] = pixels.to(torch.uint8).permute(1, 2, 3, 0)
         start = end
