@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from horsepower.runtime.sampling import Noise, SeededNoise
 from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder
 from horsepower.runtime.tokens import FPS, Grid
 from horsepower.runtime.watch import Watch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MODES = ("eager",)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -103,15 +106,9 @@ class Engine:
             watch, noise = Watch(self.device, on_progress, cancel), SeededNoise(request.seed)
             texts, notes = self._read(request, stage, watch)
             given = self._condition(request, picture, noise, watch)
-            audio = _audio_latents(request) if given.audio is None else given.audio.shape[1]
-            grid, final = Grid.of(*picture.base, audio), Grid.of(*picture.final, audio)
-            start = prepare(grid, noise, self.device, given.audio)
-            keep_audio = given.audio is not None and (request.keep_audio or self.model == "base")
-            dit = self._dit(self.model)
-            latents = denoise(dit, start, texts, stage, noise, watch, given.base_image, keep_audio)
+            latents = self._denoise(request, stage, picture, texts, given, noise, watch)
             if picture.super_resolution:
-                dit, stage = self._dit(picture.super_resolution), SUPER_RESOLUTION
-                latents = super_resolve(dit, latents, final, texts, stage, noise, watch, given.final_image)
+                latents = self._super_resolve(latents, picture, texts, given, noise, watch)
             video, sound = self._decode(latents, watch)
         notes = (*self._source.notes, *notes, *_rounding(request, picture))
         return Result(video, sound, FPS, OUTPUT_RATE, request.seed, watch.timings, notes)
@@ -163,11 +160,37 @@ class Engine:
                 audio = self._audio_codec.encode(wave.expand(2, -1).to(self.device), noise)
             if request.image is not None:
                 image = open_image(request.image)
-                base_image, final_image = (
-                    self._image_encoder(image_pixels(image, *size).to(self.device))
-                    for size in (picture.base, picture.final)
-                )
+                base_image = self._encode_image(image, picture.base)
+                if picture.super_resolution:
+                    final_image = self._encode_image(image, picture.final)
             return Conditions(base_image, final_image, audio)
+
+    def _encode_image(self, image: "Image", size: tuple[int, int]) -> Tensor:
+        return self._image_encoder(image_pixels(image, *size).to(self.device))
+
+    def _denoise(
+        self,
+        request: Request,
+        stage: Stage,
+        picture: Sizes,
+        texts: Texts,
+        given: Conditions,
+        noise: Noise,
+        watch: Watch,
+    ) -> Latents:
+        """The base stage."""
+        audio = _audio_latents(request) if given.audio is None else given.audio.shape[1]
+        start = prepare(Grid.of(*picture.base, audio), noise, self.device, given.audio)
+        keep_audio = given.audio is not None and (request.keep_audio or self.model == "base")
+        return denoise(self._dit(self.model), start, texts, stage, noise, watch, given.base_image, keep_audio)
+
+    def _super_resolve(
+        self, latents: Latents, picture: Sizes, texts: Texts, given: Conditions, noise: Noise, watch: Watch
+    ) -> Latents:
+        """The super-resolution stage of pictures that have one."""
+        assert picture.super_resolution
+        grid, model = Grid.of(*picture.final, latents.grid.audio), self._dit(picture.super_resolution)
+        return super_resolve(model, latents, grid, texts, SUPER_RESOLUTION, noise, watch, given.final_image)
 
     def _decode(self, latents: Latents, watch: Watch) -> tuple[Tensor, Tensor]:
         """Frames uint8 [F, H, W, 3] and sound float32 [S, 2], on the CPU."""
