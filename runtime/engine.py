@@ -52,8 +52,8 @@ class Conditions(NamedTuple):
 class Engine:
     """Turns requests into clips on one device. One request runs at a time; others wait, from any thread."""
 
-    def __init__(self, source: Source, model: ModelName, device: torch.device):
-        self._source, self.model, self.device = source, model, device
+    def __init__(self, source: Source, model: ModelName, device: torch.device, dtype: torch.dtype):
+        self._source, self.model, self.device, self.dtype = source, model, device, dtype
         self._dits: dict[ModelName, DiT] = {}
         self._lock = threading.Lock()
 
@@ -84,7 +84,7 @@ class Engine:
         if not there or model not in (None, *there):
             got = repr(model) if there else f"neither in {folder}"
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
-        engine = cls(source, there[0] if model is None else model, chosen)
+        engine = cls(source, there[0] if model is None else model, chosen, dtype)
         engine._dit(engine.model)
         _ = engine._text_encoder
         return engine
@@ -131,8 +131,10 @@ class Engine:
             raise ValueError(
                 f"resolution: got {request.resolution!r}, which needs the model {name}, allowed: 256p with these files"
             )
-        grid = Grid.of(*picture.final, _audio_latents(request))
-        memory.check_fits(self._source.config(name or self.model), grid, self.device)
+        grid, config = Grid.of(*picture.final, _audio_latents(request)), self._source.config(name or self.model)
+        activations = max(memory.activation_bytes(config, grid), self._source.decode_bytes(grid))
+        weights = memory.weight_bytes(config, self.dtype) if name and name not in self._dits else 0
+        memory.check_fits(weights + activations + memory.picture_bytes(grid), grid, self.device)
 
     def _read(self, request: Request, stage: Stage, watch: Watch) -> tuple[Texts, tuple[str, ...]]:
         """Encode the prompts; and say if the prompt had to be cut."""

@@ -9,6 +9,7 @@ import zlib
 import torch
 from torch import nn
 
+from horsepower.runtime.memory import turbo_bytes
 from horsepower.runtime.models import audio_vae, wan_vae
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
@@ -16,6 +17,7 @@ from horsepower.runtime.models.text import HashedWordEncoder, TextEncoder
 from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
 from horsepower.runtime.presets import FOAL_MODELS, ModelName
 from horsepower.runtime.source import AudioCodec, ImageEncoder, OobleckCodec, VideoDecoder
+from horsepower.runtime.tokens import Grid
 
 TURBO = TurboConfig(decoder_block_out_channels=(8, 16, 24, 32))
 
@@ -58,6 +60,9 @@ class Foal:
         smooth(decoder)
         decoder.to(self._device, self._dtype)
         return lambda latents: decoder.decode_chunks(latents.to(self._dtype))
+
+    def decode_bytes(self, grid: Grid) -> int:
+        return turbo_bytes(TURBO, grid, self._dtype)
 
     def audio_codec(self) -> AudioCodec:
         vae = audio_vae.build("cpu", encoder_width=4, decoder_width=4)

@@ -1,11 +1,13 @@
-"""What a clip needs beside the weights, known before anything is allocated."""
+"""What a clip needs, known before anything is allocated."""
 
 import os
 
 import torch
 
+from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.models.text import MAX_TOKENS
+from horsepower.runtime.models.turbo_vae import TurboConfig
 from horsepower.runtime.tokens import Grid
 
 
@@ -14,6 +16,23 @@ def activation_bytes(config: DiTConfig, grid: Grid, text: int = MAX_TOKENS) -> i
     # Residual, norm output, up-projection (with its bfloat16 twin) and the temporaries of swiglu7 or gelu7.
     widest = max(32 * config.swiglu7_width, 18 * config.gelu7_width)
     return (grid.video + grid.audio + text) * (6 * config.hidden_size + widest)
+
+
+def weight_bytes(config: DiTConfig, dtype: torch.dtype) -> int:
+    """A DiT's parameters."""
+    return sum(p.numel() * p.itemsize for p in DiT(config, dtype, "meta").parameters())
+
+
+def turbo_bytes(config: TurboConfig, grid: Grid, dtype: torch.dtype) -> int:
+    """Peak of the Turbo decoder's activations on its longest chunk, where the width is halved before full size."""
+    chunk = config.step_size + 2 if grid.frames > config.first_chunk_size else config.first_chunk_size
+    values = config.decoder_block_out_channels[1] * config.temporal_ratio * chunk * (8 * grid.height) * (8 * grid.width)
+    return values * 11 * dtype.itemsize // 2  # five and a half copies, measured
+
+
+def wan_bytes(grid: Grid, dtype: torch.dtype) -> int:
+    """Peak of Wan's decoder, which works frame by frame and holds the clip in its own dtype until the end."""
+    return 2 * picture_bytes(grid) * dtype.itemsize
 
 
 def picture_bytes(grid: Grid) -> int:
@@ -35,12 +54,12 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_fits(config: DiTConfig, grid: Grid, device: torch.device) -> None:
-    """Raise ValueError if denoising or holding the clip needs more memory than is free."""
-    needed, free = activation_bytes(config, grid) + picture_bytes(grid), free_bytes(device)
+def check_fits(needed: int, grid: Grid, device: torch.device) -> None:
+    """Raise ValueError if a clip needs more memory than is free."""
+    free = free_bytes(device)
     if needed > free:
         width, height = grid.pixels
         raise ValueError(
             f"resolution, duration: got {width}x{height} with {grid.frames} latent frames, which needs about "
-            f"{needed / 2**30:.1f} GiB beside the weights, allowed: what fits {free / 2**30:.1f} GiB free on {device}"
+            f"{needed / 2**30:.1f} GiB, allowed: what fits {free / 2**30:.1f} GiB free on {device}"
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from horsepower.runtime.checkpoint import INDEX, SINGLE, Weights, load, read_json
+from horsepower.runtime.memory import turbo_bytes, wan_bytes
 from horsepower.runtime.models import audio_vae, wan_vae
 from horsepower.runtime.models.dit import DiT, FourierRope
 from horsepower.runtime.models.dit_config import DiTConfig
@@ -20,6 +21,7 @@ from horsepower.runtime.models.text import T5GemmaEncoder, TextEncoder
 from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
 from horsepower.runtime.presets import MODELS, ModelName
 from horsepower.runtime.source import AudioCodec, ImageEncoder, OobleckCodec, VideoDecoder
+from horsepower.runtime.tokens import Grid
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -65,9 +67,8 @@ class ReleasedFolder:
             vae = self._wan()
             return lambda latents: [wan_vae.decode(vae, latents)]
         folder = self._part(TURBO)
-        config = TurboConfig.from_dict(read_json(_only(folder, "*.json")))
         with torch.device("meta"):
-            decoder = TurboDecoder(config).to(self._dtype)
+            decoder = TurboDecoder(self._turbo_config()).to(self._dtype)
         weights, known = _safetensors(folder), set(decoder.state_dict())
         bare = not any(key.startswith(("decoder.", "encoder.")) for key in weights.files)
 
@@ -78,6 +79,11 @@ class ReleasedFolder:
         load(decoder, weights, self._device, rename)
         decoder.eval()
         return lambda latents: decoder.decode_chunks(latents.to(self._dtype))  # rounded before the de-normalisation
+
+    def decode_bytes(self, grid: Grid) -> int:
+        if not (self._folder / TURBO).is_dir():
+            return wan_bytes(grid, self._dtype)
+        return turbo_bytes(self._turbo_config(), grid, self._dtype)
 
     def audio_codec(self) -> AudioCodec:
         folder = self._part(AUDIO)
@@ -93,6 +99,9 @@ class ReleasedFolder:
 
         load(vae, Weights.find(folder), self._device, rename)
         return OobleckCodec(vae)
+
+    def _turbo_config(self) -> TurboConfig:
+        return TurboConfig.from_dict(read_json(_only(self._part(TURBO), "*.json")))
 
     def _wan(self) -> "AutoencoderKLWan":
         folder = self._part(WAN)

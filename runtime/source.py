@@ -10,6 +10,7 @@ from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.models.text import TextEncoder
 from horsepower.runtime.presets import ModelName
+from horsepower.runtime.tokens import Grid
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderOobleck
@@ -63,5 +64,9 @@ class Source(Protocol):
     def image_encoder(self) -> ImageEncoder: ...
 
     def video_decoder(self) -> VideoDecoder: ...
+
+    def decode_bytes(self, grid: Grid) -> int:
+        """What the video decoder will need beside its weights, before it is loaded."""
+        ...
 
     def audio_codec(self) -> AudioCodec: ...

@@ -10,22 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from horsepower.runtime import memory
 from horsepower.runtime.foal import generate
 from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
 from horsepower.runtime.presets import FOAL, MODELS
 from horsepower.runtime.tokens import Grid, coordinates
-
-
-def test_absurd_clips_are_refused_with_figures():
-    grid = Grid.of(8192, 8192, 1501)
-    with pytest.raises(ValueError, match=r"resolution, duration: got 8192x8192 .* GiB beside the weights, allowed:"):
-        memory.check_fits(MODELS["base"], grid, torch.device("cpu"))
-
-
-def test_small_clips_are_let_through():
-    memory.check_fits(FOAL, Grid.of(64, 64, 11), torch.device("cpu"))
-
-
-def test_free_memory_of_this_machine():
-    assert 2**28 < memory.free_bytes(torch.device("cpu")) < 2**50
 
 
 class LiveBytes(TorchDispatchMode):
@@ -54,6 +41,34 @@ class LiveBytes(TorchDispatchMode):
     def forget(self, address, size):
         self.known.discard(address)
         self.live -= size
+
+
+def test_absurd_clips_are_refused_with_figures():
+    grid, cpu = Grid.of(8192, 8192, 1501), torch.device("cpu")
+    with pytest.raises(ValueError, match=r"resolution, duration: got 8192x8192 .* GiB, allowed: what fits .* GiB free"):
+        memory.check_fits(memory.activation_bytes(MODELS["base"], grid), grid, cpu)
+    memory.check_fits(memory.activation_bytes(FOAL, Grid.of(64, 64, 11)), grid, cpu)
+
+
+def test_weights_are_those_of_the_full_model():
+    assert memory.weight_bytes(MODELS["base"], torch.bfloat16) == 2 * 15_277_834_240 + 4 * 21_584_896
+
+
+@pytest.mark.parametrize("frames", [3, 13])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_prediction_is_what_the_turbo_decoder_takes(frames, dtype):
+    config, grid = TurboConfig(decoder_block_out_channels=(8, 16, 24, 32)), Grid(frames, 4, 6, 4 * frames - 3)
+    decoder = TurboDecoder(config).to(dtype)
+    generate(decoder, "memory")
+    with torch.no_grad(), LiveBytes(decoder.state_dict().values()) as count:
+        for _ in decoder.decode_chunks(torch.zeros(grid.video_shape, dtype=dtype)):
+            pass
+    predicted = memory.turbo_bytes(config, grid, dtype)
+    assert 0.85 * predicted < count.peak < 1.1 * predicted
+
+
+def test_free_memory_of_this_machine():
+    assert 2**28 < memory.free_bytes(torch.device("cpu")) < 2**50
 
 
 @pytest.mark.parametrize("gelu7", [(), (0, 1)])
