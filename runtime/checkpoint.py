@@ -35,7 +35,7 @@ class Weights:
     def find(cls, path: str | os.PathLike[str]) -> "Weights":
         """A safetensors file, or a folder with an index and its shards or with one file.
 
-        Files that a `SHA256SUMS` manifest beside them names are checked against it.
+        Where a `SHA256SUMS` manifest lies beside the files, it must name them all and agree.
         Raises ValueError for what is missing, cut short, or other than the manifest says.
         """
         path = Path(path)
@@ -101,14 +101,15 @@ def _check_manifest(files: set[Path]) -> None:
         manifest = file.parent / MANIFEST
         if not manifest.is_file():
             continue
-        lines = (line.split(maxsplit=1) for line in manifest.read_text().splitlines())
-        sums = {line[1].removeprefix("*"): line[0] for line in lines if len(line) == 2}  # * is sha256sum's binary mark
-        expected = sums.get(file.name)
-        if expected is not None:
-            with open(file, "rb") as f:
-                got = hashlib.file_digest(f, "sha256").hexdigest()
-            if got != expected.lower():
-                raise ValueError(f"checkpoint {file}: got sha256 {got}, allowed: {expected} of {manifest.name}")
+        lines = (line.split(maxsplit=1) for line in manifest.read_text("utf-8", "replace").splitlines())
+        # sha256sum marks binary mode with a star, and repeats the folder it was told.
+        sums = {Path(line[1].removeprefix("*")).name: line[0] for line in lines if len(line) == 2}
+        if file.name not in sums:
+            raise ValueError(f"checkpoint {file}: got no line in {manifest.name}, allowed: one for each file")
+        with open(file, "rb") as f:
+            got = hashlib.file_digest(f, "sha256").hexdigest()
+        if got != sums[file.name].lower():
+            raise ValueError(f"checkpoint {file}: got sha256 {got}, allowed: {sums[file.name]} of {manifest.name}")
 
 
 def load(
@@ -160,6 +161,8 @@ def _place(module: nn.Module, name: str, value: Tensor, device: torch.device | s
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     old = getattr(owner, leaf)
+    if not value.is_floating_point() or value.itemsize < 2:
+        raise ValueError(f"{what}: got {value.dtype}, allowed: float32, bfloat16, float16")
     new = torch.empty(old.shape, dtype=old.dtype, device=device)
     new.copy_(value)
     if new.is_floating_point() and not all(torch.isfinite(bound) for bound in torch.aminmax(new)):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 MESSAGE_LENGTH = 500
+CANNOT_WRITE = 3  # the child's exit status when the target is at fault
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str] | None = None) -> Path:
@@ -33,6 +34,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str] | Non
         )
         if child.returncode:
             said = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1][:MESSAGE_LENGTH]
+            if child.returncode == CANNOT_WRITE:
+                raise ValueError(f"target: got {str(target)!r} ({said}), allowed: a path with room for the tensors")
             raise ValueError(f"source: got {str(source)!r} ({said}), allowed: a checkpoint that holds tensors only")
         os.replace(partial, target)
     finally:
@@ -44,6 +47,7 @@ def _child(source: str, target: str) -> None:
     import zipfile
 
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # Files from before torch 1.6 are no archives and cannot be mapped.
@@ -61,7 +65,11 @@ def _child(source: str, target: str) -> None:
     }
     if not tensors:
         raise ValueError("got no tensors, allowed: a dictionary of tensors")
-    save_file(tensors, target)
+    try:
+        save_file(tensors, target)
+    except (OSError, SafetensorError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(CANNOT_WRITE)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +21,7 @@ from horsepower.runtime.pipeline import (
     BaseGuidance,
     Latents,
     Stage,
+    SuperResolutionGuidance,
     Texts,
     denoise,
     prepare,
@@ -27,10 +30,10 @@ from horsepower.runtime.pipeline import (
 )
 from horsepower.runtime.presets import ModelName, Sizes, sizes
 from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, structured_prompt
-from horsepower.runtime.request import Progress, Request, Result
+from horsepower.runtime.request import Cancelled, Progress, Request, Result
 from horsepower.runtime.sampling import Noise, SeededNoise
 from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder
-from horsepower.runtime.tokens import FPS, Grid
+from horsepower.runtime.tokens import AUDIO_CHANNELS, FPS, PATCH, VIDEO_CHANNELS, Grid
 from horsepower.runtime.watch import Watch
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ class Engine:
         self._source, self.model, self.device, self.dtype = source, model, device, dtype
         self._dits: dict[ModelName, DiT] = {}
         self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread whose request runs
 
     @classmethod
     def from_pretrained(
@@ -86,7 +90,6 @@ class Engine:
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
         engine = cls(source, there[0] if model is None else model, chosen, dtype)
         engine._dit(engine.model)
-        _ = engine._text_encoder
         return engine
 
     def run(
@@ -101,32 +104,50 @@ class Engine:
         at the next step with `Cancelled`. Raises ValueError for what the model cannot do or the files do not hold.
         """
         stage, picture = self._stage(request), sizes(request.resolution)
-        self._check_picture(request, picture)
-        with self._lock, torch.no_grad():
+        with self._turn(cancel), torch.no_grad():
+            self._check_picture(request, picture)
             watch, noise = Watch(self.device, on_progress, cancel), SeededNoise(request.seed)
             texts, notes = self._read(request, stage, watch)
             given = self._condition(request, picture, noise, watch)
             latents = self._denoise(request, stage, picture, texts, given, noise, watch)
             if picture.super_resolution:
-                latents = self._super_resolve(latents, picture, texts, given, noise, watch)
+                latents = self._super_resolve(request, latents, picture, texts, given, noise, watch)
             video, sound = self._decode(latents, watch)
         notes = (*self._source.notes, *notes, *_rounding(request, picture))
         return Result(video, sound, FPS, OUTPUT_RATE, request.seed, watch.timings, notes)
 
+    @contextmanager
+    def _turn(self, cancel: threading.Event | None) -> Iterator[None]:
+        """Hold the engine. Raises Cancelled if the caller gave up while others had it."""
+        if self._owner == threading.get_ident():
+            raise RuntimeError("run() was called from a callback of its own request")
+        while not self._lock.acquire(timeout=0.1):
+            if cancel is not None and cancel.is_set():
+                raise Cancelled("cancelled while waiting for other requests")
+        try:
+            self._owner = threading.get_ident()
+            yield
+        finally:
+            self._owner = None
+            self._lock.release()
+
     def _stage(self, request: Request) -> Stage:
         """How the base stage runs. Raises ValueError for what only the base model understands."""
         if self.model == "distill":
-            for name in ("negative_prompt", "guidance", "sampler"):
+            guided_later = request.super_resolution_guidance is not None
+            for name in ("guidance", "sampler", *(() if guided_later else ("negative_prompt",))):
                 if (value := getattr(request, name)) is not None:
                     raise ValueError(f"{name}: got {value!r}, allowed: None with the distilled model")
             return Stage("base", request.num_inference_steps or 8, "distilled")
         guidance = BaseGuidance() if request.guidance is None else BaseGuidance(request.guidance, request.guidance)
-        sampler = "sde" if request.sampler == "sde" else "unipc"
-        return Stage("base", request.num_inference_steps or 32, sampler, guidance)  # type: ignore[arg-type]
+        return Stage("base", request.num_inference_steps or 32, request.sampler or "unipc", guidance)
 
     def _check_picture(self, request: Request, picture: Sizes) -> None:
         """Raise ValueError if the model for this size is not there, or memory cannot hold the clip."""
         name = picture.super_resolution
+        if name is None and request.super_resolution_guidance is not None:
+            got = request.super_resolution_guidance
+            raise ValueError(f"super_resolution_guidance: got {got}, allowed: None at {request.resolution!r}")
         if name is not None and name not in self._source.models():
             raise ValueError(
                 f"resolution: got {request.resolution!r}, which needs the model {name}, allowed: 256p with these files"
@@ -134,14 +155,15 @@ class Engine:
         grid, config = Grid.of(*picture.final, _audio_latents(request)), self._source.config(name or self.model)
         activations = max(memory.activation_bytes(config, grid), self._source.decode_bytes(grid))
         weights = memory.weight_bytes(config, self.dtype) if name and name not in self._dits else 0
-        memory.check_fits(weights + activations + memory.picture_bytes(grid), grid, self.device)
+        frames = memory.picture_bytes(grid) if self.device.type == "cpu" else 0
+        memory.check_fits(weights + activations + frames, grid, self.device)
 
     def _read(self, request: Request, stage: Stage, watch: Watch) -> tuple[Texts, tuple[str, ...]]:
         """Encode the prompts; and say if the prompt had to be cut."""
         with watch.stage("text"):
             prompt = structured_prompt(request.prompt, request.speech_text, request.speech_language)
             encoded, negative = self._text_encoder(prompt), None
-            if stage.guidance is not None:
+            if stage.guidance is not None or request.super_resolution_guidance is not None:
                 negative = self._text_encoder(request.negative_prompt or DEFAULT_NEGATIVE_PROMPT).features
         kept = len(encoded.features)
         cut = (f"prompt: {encoded.total_tokens} tokens, of which the first {kept} were used",)
@@ -155,10 +177,9 @@ class Engine:
             audio = base_image = final_image = None
             if request.audio is not None:
                 wave = read_audio(request.audio, request.duration)
-                wave = wave[: len(wave) // STRIDE * STRIDE]
-                if not len(wave):
-                    least = STRIDE / CODEC_RATE
-                    raise ValueError(f"audio: got less than {least} seconds of sound, allowed: at least that")
+                if len(wave) < STRIDE:
+                    got = f"{len(wave) / CODEC_RATE:.3f} seconds of sound"
+                    raise ValueError(f"audio: got {got}, allowed: at least {STRIDE / CODEC_RATE}")
                 audio = self._audio_codec.encode(wave.expand(2, -1).to(self.device), noise)
             if request.image is not None:
                 image = open_image(request.image)
@@ -187,12 +208,22 @@ class Engine:
         return denoise(self._dit(self.model), start, texts, stage, noise, watch, given.base_image, keep_audio)
 
     def _super_resolve(
-        self, latents: Latents, picture: Sizes, texts: Texts, given: Conditions, noise: Noise, watch: Watch
+        self,
+        request: Request,
+        latents: Latents,
+        picture: Sizes,
+        texts: Texts,
+        given: Conditions,
+        noise: Noise,
+        watch: Watch,
     ) -> Latents:
         """The super-resolution stage of pictures that have one."""
         assert picture.super_resolution
         grid, model = Grid.of(*picture.final, latents.grid.audio), self._dit(picture.super_resolution)
-        return super_resolve(model, latents, grid, texts, SUPER_RESOLUTION, noise, watch, given.final_image)
+        scale, stage = request.super_resolution_guidance, SUPER_RESOLUTION
+        if scale is not None:
+            stage = replace(stage, guidance=SuperResolutionGuidance(scale))
+        return super_resolve(model, latents, grid, texts, stage, noise, watch, given.final_image)
 
     def _decode(self, latents: Latents, watch: Watch) -> tuple[Tensor, Tensor]:
         """Frames uint8 [F, H, W, 3] and sound float32 [S, 2], on the CPU."""
@@ -205,8 +236,17 @@ class Engine:
 
     def _dit(self, name: ModelName) -> DiT:
         if name not in self._dits:
+            self._check_channels(name)
             self._dits[name] = self._source.dit(name)
         return self._dits[name]
+
+    def _check_channels(self, name: ModelName) -> None:
+        """Raise ValueError if a model does not read what the pipeline and the text encoder give."""
+        config = self._source.config(name)
+        got = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
+        allowed = (VIDEO_CHANNELS * PATCH**2, AUDIO_CHANNELS, self._text_encoder.width)
+        if got != allowed:
+            raise ValueError(f"model {name}: got {got} channels of video, audio, text, allowed: {allowed}")
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
@@ -261,7 +301,7 @@ def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
 
 def _audio_latents(request: Request) -> int:
     """One a video frame, and one for the end."""
-    return int(request.duration * FPS) + 1
+    return int(round(request.duration * FPS, 6)) + 1  # rounded first: 4.6 * 25 is 114.99... in binary
 
 
 def _rounding(request: Request, picture: Sizes) -> tuple[str, ...]:

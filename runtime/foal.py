@@ -75,7 +75,7 @@ class Foal:
 def generate(module: nn.Module, name: str) -> None:
     """Fill a module on the CPU: matrices that keep the variance, norms and biases that do nothing.
 
-    The same for the same name on every machine; torch's global generator is not touched.
+    The same for the same name wherever torch draws the same normal numbers; its global generator is not touched.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():

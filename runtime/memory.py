@@ -13,8 +13,11 @@ from horsepower.runtime.tokens import Grid
 
 def activation_bytes(config: DiTConfig, grid: Grid, text: int = MAX_TOKENS) -> int:
     """Peak of the eager DiT's activations, reached inside an MLP's float32 activation function."""
-    # Residual, norm output, up-projection (with its bfloat16 twin) and the temporaries of swiglu7 or gelu7.
+    # Residual, norm output, up-projection (with its bfloat16 twin) and the temporaries of swiglu7 or gelu7. Experts
+    # hold their parts of the projection once more while they are joined.
     widest = max(32 * config.swiglu7_width, 18 * config.gelu7_width)
+    if config.mm_layers:
+        widest = max(36 * config.swiglu7_width, widest)
     return (grid.video + grid.audio + text) * (6 * config.hidden_size + widest)
 
 
@@ -31,8 +34,9 @@ def turbo_bytes(config: TurboConfig, grid: Grid, dtype: torch.dtype) -> int:
 
 
 def wan_bytes(grid: Grid, dtype: torch.dtype) -> int:
-    """Peak of Wan's decoder, which works frame by frame and holds the clip in its own dtype until the end."""
-    return 2 * picture_bytes(grid) * dtype.itemsize
+    """Peak of Wan's decoder: one latent frame's activations and caches (measured), and the clip in its own dtype."""
+    frame = int(1.4 * 2**20) * grid.height * grid.width
+    return (frame + 2 * picture_bytes(grid)) * dtype.itemsize
 
 
 def picture_bytes(grid: Grid) -> int:

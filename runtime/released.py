@@ -7,6 +7,7 @@ stable-audio-open-1.0/              model.safetensors and model_config.json, or 
 t5gemma-9b-9b-ul2/                  the text encoder, as transformers has it
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,13 +59,13 @@ class ReleasedFolder:
         return T5GemmaEncoder(self._part(TEXT), self._device)
 
     def image_encoder(self) -> ImageEncoder:
-        vae = self._wan()
+        vae = self._wan
         return lambda pixels: wan_vae.encode(vae, pixels)
 
     def video_decoder(self) -> VideoDecoder:
         """The Turbo decoder if its folder is there, else Wan's own."""
         if not (self._folder / TURBO).is_dir():
-            vae = self._wan()
+            vae = self._wan
             return lambda latents: [wan_vae.decode(vae, latents)]
         folder = self._part(TURBO)
         with torch.device("meta"):
@@ -103,6 +104,7 @@ class ReleasedFolder:
     def _turbo_config(self) -> TurboConfig:
         return TurboConfig.from_dict(read_json(_only(self._part(TURBO), "*.json")))
 
+    @cached_property
     def _wan(self) -> "AutoencoderKLWan":
         folder = self._part(WAN)
         converted = (folder / "vae").is_dir()

@@ -1,11 +1,10 @@
 """What goes into the engine and what comes out. Requests are validated here, once."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,8 +40,9 @@ class Request:
     speech_text: str | None = None  # a line to be spoken
     speech_language: str | None = None  # of speech_text: en zh yue ja ko de fr
     negative_prompt: str | None = None  # base model only; None: a default list of unwanted traits
-    guidance: float | None = None  # base model only; None: 5.0
-    sampler: str | None = None  # base model only: "unipc" (None) or "sde"
+    guidance: float | None = None  # base model only, while noise is high (2.0 after that); None: 5.0
+    super_resolution_guidance: float | None = None  # None: one forward a step; 3.5 is usual otherwise
+    sampler: Literal["unipc", "sde"] | None = None  # base model only; None: unipc
 
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
@@ -51,15 +51,15 @@ class Request:
         if self.num_inference_steps is not None:
             _check_integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         _check_integer("seed", self.seed, 0, 2**63 - 1)
-        if self.keep_audio and self.audio is None:
-            raise ValueError("keep_audio: got True without audio, allowed: only with audio")
         self._check_speech()
         if self.negative_prompt is not None:
             check_text("negative_prompt", self.negative_prompt)
-        if self.guidance is not None:
-            _check_number("guidance", self.guidance, 0.0, 100.0, "")
+        for name in ("guidance", "super_resolution_guidance"):
+            if (value := getattr(self, name)) is not None:
+                _check_number(name, value, 0.0, 100.0, "")
         if self.sampler not in (None, "unipc", "sde"):
-            raise ValueError(f"sampler: got {self.sampler!r}, allowed: unipc, sde")
+            raise ValueError(f"sampler: got {_short(self.sampler)}, allowed: unipc, sde")
+        self._check_media()
 
     def _check_resolution(self) -> None:
         allowed = f"{', '.join(PIPELINES)}, or (width, height) of {MIN_SIDE} to {MAX_SIDE} pixels each"
@@ -73,7 +73,18 @@ class Request:
                 and all(_is_integer(side) and MIN_SIDE <= side <= MAX_SIDE for side in size)
             )
         if not fits:
-            raise ValueError(f"resolution: got {size!r}, allowed: {allowed}")
+            raise ValueError(f"resolution: got {_short(size)}, allowed: {allowed}")
+
+    def _check_media(self) -> None:
+        if not isinstance(self.image, str | os.PathLike | None):
+            from PIL.Image import Image
+
+            if not isinstance(self.image, Image):
+                raise ValueError(f"image: got {_short(self.image)}, allowed: a path, a PIL image or None")
+        if not isinstance(self.audio, str | os.PathLike | None):
+            raise ValueError(f"audio: got {_short(self.audio)}, allowed: a path or None")
+        if not isinstance(self.keep_audio, bool) or (self.keep_audio and self.audio is None):
+            raise ValueError(f"keep_audio: got {_short(self.keep_audio)}, allowed: False, or True with audio")
 
     def _check_speech(self) -> None:
         languages = ", ".join(SPEECH_LANGUAGES)
@@ -82,8 +93,8 @@ class Request:
             raise ValueError(f"{missing}: got None, allowed: both of speech_text and speech_language, or neither")
         if self.speech_text is not None:
             check_text("speech_text", self.speech_text)
-            if self.speech_language not in SPEECH_LANGUAGES:
-                raise ValueError(f"speech_language: got {self.speech_language!r}, allowed: {languages}")
+            if not isinstance(self.speech_language, str) or self.speech_language not in SPEECH_LANGUAGES:
+                raise ValueError(f"speech_language: got {_short(self.speech_language)}, allowed: {languages}")
             if "Dialogue:" in self.prompt:
                 raise ValueError("speech_text: got a line, but prompt has a Dialogue: part, allowed: one of the two")
 
@@ -108,13 +119,22 @@ def _is_integer(value: object) -> bool:
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if not (_is_integer(value) and low <= value <= high):  # type: ignore[operator]
-        raise ValueError(f"{name}: got {value!r}, allowed: an integer from {low} to {high}")
+        raise ValueError(f"{name}: got {_short(value)}, allowed: an integer from {low} to {high}")
 
 
 def _check_number(name: str, value: object, low: float, high: float, unit: str) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (fits and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type, operator]
-        raise ValueError(f"{name}: got {value!r}, allowed: {low:g} to {high:g} {unit}".rstrip())
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and low <= value <= high):  # type: ignore[operator]
+        raise ValueError(f"{name}: got {_short(value)}, allowed: {low:g} to {high:g} {unit}".rstrip())
+
+
+def _short(value: object) -> str:
+    """A value as a message can hold it."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,10 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """Draws from a CPU generator of its own, so that a seed means the same noise on every device."""
+    """Draws from a CPU generator of its own, so that a seed means the same noise on every device.
+
+    (torch's generator vectorises: CPUs without AVX2 round some draws otherwise.)
+    """
 
     def __init__(self, seed: int):
         self._generator = torch.Generator().manual_seed(seed)

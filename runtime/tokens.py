@@ -74,10 +74,11 @@ def coordinates(grid: Grid, text: int, style: CoordsStyle = "v2") -> Tensor:
     """Position, size and reference size in (t, h, w) of every token: float32 [V + A + text, 9] on the CPU.
 
     The styles differ in text: v1 spreads it over the first latent frame, v2 puts all of it at time 0. MagiHuman's base
-    stage is trained with v2, its super-resolution with v1. One text token has no place in v1: ValueError.
+    stage is trained with v2, its super-resolution with v1. What is 1 long but has another reference size (one text
+    token in v1, say) has no place: ValueError.
     """
-    if style == "v1" and text == 1:
-        raise ValueError("text: got 1 token, allowed: at least 2 for coordinates v1")
+    if style == "v1" and 1 in (text, grid.audio) and (text == 1 or grid.frames > 1):
+        raise ValueError(f"text, audio: got {text} and {grid.audio} tokens, allowed: at least 2 of each in style v1")
     size = (grid.frames, grid.rows, grid.columns)
     audio_span = grid.frames if style == "v1" else (grid.audio - 1) // 4 + 1
     return torch.cat(

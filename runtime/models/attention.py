@@ -28,8 +28,12 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, frames: int, video: int,
     Audio and text tokens see everything. Rows are video (frame-major), audio, text; the first `video` rows are
     `frames` frames of equal size. Shapes as in `full_attention`. MagiHuman's 1080p super-resolution model uses it.
 
+    Raises ValueError if `frames` does not divide `video`.
+
     A custom op because a loop over frames, the fastest plain formulation, cannot be exported with a dynamic count.
     """
+    if frames < 1 or video % frames:
+        raise ValueError(f"frames: got {frames} for {video} video tokens, allowed: a divisor of them")
     tokens = video // frames
     out = torch.empty_like(q)
     for (first, last), group in groupby(range(frames), lambda i: visible_frames(i, frames, window)):

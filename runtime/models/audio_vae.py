@@ -55,13 +55,14 @@ def rename(key: str) -> str:
     Raises ValueError for a key that is not of the autoencoder.
     """
     match = _KEY.fullmatch(key)
-    if match is None:
-        raise ValueError(f"key: got {key!r}, expected encoder.layers.* or decoder.layers.*")
-    half, top, inner, unit, leaf = match.groups()
-    if inner is None:
-        return f"{half}.{_TOP[top]}.{leaf}"
-    parts = [half, "block", str(int(top) - 1), _BLOCK[half][inner]]
-    return ".".join([*parts, leaf] if unit is None else [*parts, _UNIT[unit], leaf])
+    try:
+        half, top, inner, unit, leaf = match.groups() if match else ("", "", "", "", "")
+        if inner is None:
+            return f"{half}.{_TOP[top]}.{leaf}"
+        parts = [half, "block", str(int(top) - 1), _BLOCK[half][inner]]
+        return ".".join([*parts, leaf] if unit is None else [*parts, _UNIT[unit], leaf])
+    except (KeyError, ValueError):
+        raise ValueError(f"key: got {key!r}, allowed: those of Stable Audio's encoder and decoder") from None
 
 
 def config_from_stable_audio(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,10 +77,10 @@ def config_from_stable_audio(config: Mapping[str, Any]) -> dict[str, Any]:
         if _field(config, path) != value:
             raise ValueError(f"{path}: got {_field(config, path)!r}, allowed: {value!r}")
     return {
-        "encoder_width": _field(config, f"{root}.encoder.config.channels"),
-        "decoder_width": _field(config, f"{root}.decoder.config.channels"),
-        "multipliers": tuple(_field(config, f"{root}.encoder.config.c_mults")),
-        "strides": tuple(_field(config, f"{root}.encoder.config.strides")),
+        "encoder_width": _integer(config, f"{root}.encoder.config.channels"),
+        "decoder_width": _integer(config, f"{root}.decoder.config.channels"),
+        "multipliers": _integers(config, f"{root}.encoder.config.c_mults"),
+        "strides": _integers(config, f"{root}.encoder.config.strides"),
     }
 
 
@@ -89,17 +90,31 @@ def config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError naming a missing field.
     """
     return {
-        "encoder_width": _field(config, "encoder_hidden_size"),
-        "decoder_width": _field(config, "decoder_channels"),
-        "multipliers": tuple(_field(config, "channel_multiples")),
-        "strides": tuple(_field(config, "downsampling_ratios")),
+        "encoder_width": _integer(config, "encoder_hidden_size"),
+        "decoder_width": _integer(config, "decoder_channels"),
+        "multipliers": _integers(config, "channel_multiples"),
+        "strides": _integers(config, "downsampling_ratios"),
     }
+
+
+def _integer(config: Mapping[str, Any], path: str) -> int:
+    value = _field(config, path)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{path}: got {value!r}, allowed: a positive integer")
+    return value
+
+
+def _integers(config: Mapping[str, Any], path: str) -> tuple[int, ...]:
+    value = _field(config, path)
+    if not isinstance(value, list) or not all(type(n) is int and n > 0 for n in value):
+        raise ValueError(f"{path}: got {value!r}, allowed: positive integers")
+    return tuple(value)
 
 
 def _field(config: Mapping[str, Any], path: str) -> Any:
     value: Any = config
     for name in path.split("."):
-        if name not in value:
+        if not isinstance(value, Mapping) or name not in value:
             raise ValueError(f"{path}: missing in the configuration")
         value = value[name]
     return value
@@ -146,7 +161,7 @@ def encode(vae: AutoencoderOobleck, wave: Tensor, draw_noise: Callable[[tuple[in
     Raises ValueError if the sound is not stereo or shorter than one latent.
     """
     if wave.ndim != 2 or wave.shape[0] != 2 or wave.shape[1] < STRIDE:
-        raise ValueError(f"wave: got shape {list(wave.shape)}, expected [2, S] with S >= {STRIDE}")
+        raise ValueError(f"wave: got shape {list(wave.shape)}, allowed: [2, S] with S >= {STRIDE}")
     samples = wave.shape[1]
     if samples <= WINDOW * STRIDE:
         return _encode_window(vae, wave, draw_noise).transpose(1, 2)
@@ -176,7 +191,7 @@ def decode(vae: AutoencoderOobleck, latents: Tensor) -> Tensor:
     The codec's 2048 A samples are meant as 51.2 kHz, hence the resampling by 441/512.
     """
     if latents.ndim != 3 or latents.shape[0] != 1 or latents.shape[1] == 0 or latents.shape[2] != CHANNELS:
-        raise ValueError(f"latents: got shape {list(latents.shape)}, expected [1, A, {CHANNELS}]")
+        raise ValueError(f"latents: got shape {list(latents.shape)}, allowed: [1, A, {CHANNELS}]")
     wave: Tensor = vae.decode(latents.transpose(1, 2).to(next(vae.parameters()))).sample[0].float()
     return resample_fft(wave, wave.shape[-1] * OUTPUT_RATE // CODEC_RATE).T
 

@@ -30,9 +30,12 @@ class DiTConfig:
     params_dtype: torch.dtype = torch.float32  # of the embedded tokens, where the residual stream starts
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "head_dim", "num_query_groups"):
+        channels = ("video_in_channels", "audio_in_channels", "text_in_channels")
+        for name in ("num_layers", "hidden_size", "head_dim", "num_query_groups", *channels):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed: at least 1")
+        if self.frame_receptive_field < -1:
+            raise ValueError(f"frame_receptive_field: got {self.frame_receptive_field}, allowed: at least -1")
         if self.hidden_size % self.head_dim or self.num_heads_q % self.num_query_groups or self.head_dim % 8:
             raise ValueError(
                 f"head_dim, num_query_groups: got {self.head_dim}, {self.num_query_groups} for hidden_size "
@@ -77,9 +80,11 @@ class DiTConfig:
             if field.name in values:
                 value = values[field.name]
                 default = field.default
-                if not isinstance(tuple(value) if isinstance(value, list) else value, type(default)):
+                value = tuple(value) if isinstance(value, list) else value
+                integers = not isinstance(value, tuple) or all(type(n) is int for n in value)
+                if type(value) is not type(default) or not integers:
                     raise ValueError(f"{field.name}: got {value!r}, allowed: a value like {default!r}")
-                known[field.name] = tuple(value) if isinstance(value, list) else value
+                known[field.name] = value
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_TOKENS = 640
+READ_TOKENS = 4096  # T5Gemma's attention window
 
 # Ideographs, kana and hangul stand for themselves; other letters and digits make words; the rest is single signs.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff"
@@ -45,32 +46,48 @@ class T5GemmaEncoder:
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+        from safetensors import SafetensorError
         from transformers import AutoTokenizer, T5GemmaEncoderModel
 
-        # Without this check transformers would take a wrong path for the name of a model on the hub.
-        if not (Path(folder) / "config.json").is_file():
-            raise ValueError(f"folder: got {str(folder)!r}, expected a T5Gemma checkpoint with a config.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model, report = T5GemmaEncoderModel.from_pretrained(
-            folder,
-            is_encoder_decoder=False,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.bfloat16,
-            output_loading_info=True,
-        )
+        allowed = "a T5Gemma checkpoint with config.json, its tokenizer and whole safetensors files"
+        # transformers would take a wrong path for a model on the hub, and make up a tokenizer where there is none.
+        there = {file.name for file in Path(folder).glob("*")}
+        if "config.json" not in there or not there & {"tokenizer.json", "tokenizer.model"}:
+            raise ValueError(f"folder: got {str(folder)!r} without config.json or tokenizer, allowed: {allowed}")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model, report = T5GemmaEncoderModel.from_pretrained(
+                folder,
+                is_encoder_decoder=False,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.bfloat16,
+                output_loading_info=True,
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(f"folder: got {str(folder)!r} ({said}), allowed: {allowed}") from error
         # transformers fills missing weights with random numbers and only logs it.
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"folder: {str(folder)!r} lacks {len(missing)} encoder weights: {', '.join(missing[:8])}")
+            named = ", ".join(missing[:8])
+            raise ValueError(f"folder: got {str(folder)!r} without {len(missing)} weights: {named}, allowed: {allowed}")
         self.model = model.to(device).eval()
+        for name, weight in self.model.named_parameters():
+            if not all(torch.isfinite(bound) for bound in torch.aminmax(weight)):
+                raise ValueError(f"folder: got {str(folder)!r} with NaN or infinite {name}, allowed: finite weights")
         self.width: int = model.get_input_embeddings().embedding_dim
 
     @torch.no_grad()
     def __call__(self, prompt: str) -> TextFeatures:
-        """The last hidden state, rounded to float16 as the transformer saw it in training; no template, no padding."""
+        """The last hidden state, rounded to float16 as the transformer saw it in training; no template, no padding.
+
+        Rows depend on the whole text, but of a huge one only READ_TOKENS tokens are read: memory grows as their square.
+        """
         tokens = self.tokenizer([prompt], return_tensors="pt").to(self.model.device)
-        hidden: Tensor = self.model(**tokens).last_hidden_state[0]
-        return TextFeatures(hidden.half()[:MAX_TOKENS].float(), total_tokens=hidden.shape[0])
+        total = tokens["input_ids"].shape[1]
+        read = {name: value[:, :READ_TOKENS] for name, value in tokens.items()}
+        hidden: Tensor = self.model(**read).last_hidden_state[0]
+        return TextFeatures(hidden.half()[:MAX_TOKENS].float(), total_tokens=total)
 
 
 class HashedWordEncoder:

@@ -39,12 +39,16 @@ class TurboConfig:
     def __post_init__(self) -> None:
         blocks = max(len(self.decoder_block_out_channels), 1)
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, tuple):
-                if not isinstance(value, int | float) or value <= 0:
-                    raise ValueError(f"{field.name}: got {value!r}, allowed: positive numbers")
-            elif len(value) != (length := blocks + (field.name == "decoder_layers_per_block")):
-                raise ValueError(f"{field.name}: got {len(value)} values, expected {length} for {blocks} blocks")
+            value, default = getattr(self, field.name), getattr(type(self), field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            kind = type(default[0] if isinstance(default, tuple) else default)
+            positive = kind is bool or all(type(n) is kind and n > 0 for n in numbers)
+            if type(value) is not type(default) or not positive:
+                raise ValueError(f"{field.name}: got {value!r}, allowed: values like {default!r}")
+            if isinstance(value, tuple) and len(value) != (
+                length := blocks + (field.name == "decoder_layers_per_block")
+            ):
+                raise ValueError(f"{field.name}: got {len(value)} values, allowed: {length} for {blocks} blocks")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TurboConfig:
@@ -204,7 +208,7 @@ class TurboDecoder(nn.Module):
         The de-normalisation runs in float32 whatever the dtypes of latents and weights (spec: vae.md §1, §3).
         """
         if latents.ndim != 5 or latents.shape[1] != CHANNELS or 0 in latents.shape:
-            raise ValueError(f"latents: got shape {list(latents.shape)}, expected [1, {CHANNELS}, T, h, w]")
+            raise ValueError(f"latents: got shape {list(latents.shape)}, allowed: [1, {CHANNELS}, T, h, w]")
         first, step, ratio = self.config.first_chunk_size, self.config.step_size, self.config.temporal_ratio
         T = latents.shape[2]
         surplus = max(first - T, 0) or (first - T) % step

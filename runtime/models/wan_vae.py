@@ -115,7 +115,7 @@ def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Normalised latents [1, 48, T, h, w] to pixels clamped to [-1, 1], [1, 3, 4T-3, 16h, 16w], in the VAE's dtype."""
     if latents.ndim != 5 or latents.shape[1] != CHANNELS or 0 in latents.shape:
-        raise ValueError(f"latents: got shape {list(latents.shape)}, expected [1, {CHANNELS}, T, h, w]")
+        raise ValueError(f"latents: got shape {list(latents.shape)}, allowed: [1, {CHANNELS}, T, h, w]")
     mean, inv_std = _statistics(vae)
     pixels: Tensor = vae.decode(latents.to(mean.device, mean.dtype) / inv_std + mean).sample
     return pixels
@@ -130,9 +130,9 @@ def _statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
 
 def _check_pixels(pixels: Tensor) -> None:
     if pixels.ndim != 5 or pixels.shape[1] != 3 or 0 in pixels.shape:
-        raise ValueError(f"pixels: got shape {list(pixels.shape)}, expected [1, 3, F, H, W]")
+        raise ValueError(f"pixels: got shape {list(pixels.shape)}, allowed: [1, 3, F, H, W]")
     F, H, W = pixels.shape[2:]
     if F % STRIDE[0] != 1:
-        raise ValueError(f"pixels: got {F} frames, expected 4n + 1")
+        raise ValueError(f"pixels: got {F} frames, allowed: 4n + 1")
     if H % STRIDE[1] or W % STRIDE[2]:
-        raise ValueError(f"pixels: got height {H} and width {W}, expected multiples of 16")
+        raise ValueError(f"pixels: got height {H} and width {W}, allowed: multiples of 16")

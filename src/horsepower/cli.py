@@ -1,9 +1,10 @@
 """The command line: a thin face on the Python interface. Nothing heavy is imported before a command needs it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from horsepower.runtime.request import Progress, Result
@@ -19,13 +20,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"horsepower: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads what is printed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        return 1
     except KeyboardInterrupt:
         print("horsepower: interrupted", file=sys.stderr)
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"horsepower: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="horsepower", description="Single-stream audio-video diffusion: a prompt in, a clip with sound out."
     )
     from horsepower import __version__
@@ -60,6 +71,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language", metavar="L", help="of the line: en zh yue ja ko de fr")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid (base model)")
     parser.add_argument("--guidance", type=float, metavar="G", help="strength of guidance (base model; default: 5)")
+    parser.add_argument("--sr-guidance", type=float, metavar="G", help="of the super-resolution stage (default: none)")
     parser.add_argument("--sampler", metavar="NAME", help="unipc or sde (base model; default: unipc)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(command=_generate)
@@ -90,6 +102,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         speech_language=arguments.language,
         negative_prompt=arguments.negative_prompt,
         guidance=arguments.guidance,
+        super_resolution_guidance=arguments.sr_guidance,
         sampler=arguments.sampler,
     )
     engine = Engine.from_pretrained(arguments.model or arguments.preset, arguments.variant, arguments.device)
@@ -102,7 +115,6 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _hush_libraries() -> None:
     """Keep what diffusers and transformers say of themselves off the terminal."""
-    import os
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -23,10 +23,10 @@ PACKAGES = (
     ("transformers", "the released models' text encoder", "only the preset foal runs"),
     ("av", "mp4 out, sound in", "clips cannot be saved, sound cannot be given"),
     ("pillow", "images in", "no image can be given"),
-    ("triton", "fused kernels on a GPU", "no fused kernels on a GPU; a CPU does not need it"),
-    ("flash-attn", "a faster attention on a GPU", "torch's own attention is used"),
-    ("transformer-engine", "FP8 on Hopper", "no FP8 through Transformer Engine"),
-    ("nvidia-ml-py", "power and clocks in profiles", "profiles lack power and clocks"),
+    ("triton", "fused GPU kernels; no kernel needs it yet", "no kernel needs it yet"),
+    ("flash-attn", "faster GPU attention; not used yet", "torch's own attention is used"),
+    ("transformer-engine", "FP8 on Hopper; not used yet", "not used yet"),
+    ("nvidia-ml-py", "power and clocks in profiles; not used yet", "not used yet"),
 )
 
 
@@ -72,7 +72,9 @@ def _gpu() -> Finding:
     properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info(0)
     memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-    fp8 = "FP8 units" if properties.major >= 9 else "no FP8 units: FP8 is a weight format there"
+    fp8 = (
+        "FP8 units" if (properties.major, properties.minor) >= (8, 9) else "no FP8 units: FP8 is a weight format there"
+    )
     return Finding("gpu", properties.name, f"sm_{properties.major}{properties.minor}, {memory}, {fp8}")
 
 

@@ -105,6 +105,13 @@ def test_values_that_are_not_finite_are_named(tmp_path, state, value):
         loaded(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool])
+def test_codes_are_no_weights(tmp_path, state, dtype):
+    save_file(state | {"final_norm_video.weight": torch.zeros(32).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"final_norm_video.weight: got {dtype}, allowed: float32"):
+        loaded(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path, state):
     folder = write_shards(tmp_path / "dit", state)
     (folder / "model-00002-of-00003.safetensors").unlink()
@@ -162,6 +169,12 @@ def test_a_manifest_is_checked(tmp_path, state):
     Weights.find(folder)
     manifest.write_text("".join(f"{digest.upper()} *{name}\n" for name, digest in sums.items()))  # as Windows writes it
     Weights.find(folder)
+    manifest.write_text("".join(f"{digest}  ./{name}\n" for name, digest in sums.items()))
+    Weights.find(folder)
+    manifest.write_bytes(b"\xff\xfe garbage\n")
+    with pytest.raises(ValueError, match="got no line in SHA256SUMS"):
+        Weights.find(folder)
+    manifest.write_text("".join(f"{digest.upper()} *{name}\n" for name, digest in sums.items()))
     data = bytearray(files[1].read_bytes())
     data[-1] ^= 1
     files[1].write_bytes(data)

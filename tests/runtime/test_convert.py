@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def test_bad_files_leave_nothing(tmp_path, write):
         convert(source)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.ckpt", "bad.safetensors"]
     assert target.read_bytes() == b"from before"
+
+
+def test_a_full_disk_is_the_targets_fault(tmp_path):
+    torch.save({"a": torch.zeros(2**20)}, tmp_path / "w.pt")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"^target: got .*w\.safetensors.*, allowed: a path with room"):
+            convert(tmp_path / "w.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
 
 
 def test_bad_paths(tmp_path):

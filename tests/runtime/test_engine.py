@@ -9,6 +9,7 @@ from PIL import Image
 
 from horsepower import Cancelled, Engine, Progress, Request
 from horsepower.runtime import engine as engine_module
+from horsepower.runtime.pipeline import BaseGuidance, Stage
 
 SMALL = {"resolution": (64, 32), "duration": 0.6, "num_inference_steps": 2}
 
@@ -163,6 +164,58 @@ def test_cancelled_between_steps_and_usable_after(foal):
         foal.run(request(num_inference_steps=4), watch, cancel)
     assert seen[-1].step == 1
     foal.run(request())
+
+
+def test_cancelled_while_others_run(foal):
+    """The request that waits is never started; the one that runs is not touched."""
+    cancel, started, seen, results = threading.Event(), threading.Event(), [], {}
+
+    def slow(progress):
+        started.set()
+        if progress.stage == "base":
+            assert refused.wait(30)
+
+    refused = threading.Event()
+    first = threading.Thread(target=lambda: results.update(first=foal.run(request(), slow)))
+    first.start()
+    assert started.wait(30)
+    cancel.set()
+    with pytest.raises(Cancelled, match="while waiting"):
+        foal.run(request(), seen.append, cancel)
+    refused.set()
+    first.join()
+    assert not seen
+    assert results["first"] == foal.run(request())
+
+
+def test_a_request_from_its_own_callback_is_refused(foal):
+    with pytest.raises(RuntimeError, match="from a callback of its own request"):
+        foal.run(request(), lambda _: foal.run(request()))
+    foal.run(request())
+
+
+def test_memory_is_looked_at_in_turn(foal, monkeypatch):
+    """What another request holds for the moment does not count against the one that waits."""
+    monkeypatch.setattr(engine_module.memory, "free_bytes", lambda device: 10**12 if foal._lock.locked() else 0)
+    foal.run(request())
+
+
+def test_settings_by_default(foal, base):
+    assert foal._stage(request(num_inference_steps=None)) == Stage("base", 8, "distilled")
+    assert base._stage(request(num_inference_steps=None)) == Stage("base", 32, "unipc", BaseGuidance(5.0, 5.0))
+
+
+@pytest.mark.parametrize(("duration", "latents"), [(0.2, 6), (1.16, 30), (2, 51), (4.6, 116), (8.2, 206)])
+def test_a_duration_is_not_cut_by_binary_fractions(duration, latents):
+    assert engine_module._audio_latents(request(duration=duration)) == latents
+
+
+def test_guided_super_resolution(foal):
+    ask = {"resolution": (480, 512), "duration": 0.2, "num_inference_steps": 1}
+    plain = foal.run(request(**ask))
+    assert foal.run(request(super_resolution_guidance=3.5, negative_prompt="rain", **ask)) != plain
+    with pytest.raises(ValueError, match="^super_resolution_guidance: got 3.5, allowed: None at"):
+        foal.run(request(super_resolution_guidance=3.5))
 
 
 def test_an_error_in_a_callback_ends_the_request_only(foal):

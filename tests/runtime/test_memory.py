@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from horsepower.runtime import memory
 from horsepower.runtime.foal import generate
+from horsepower.runtime.models import wan_vae
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
 from horsepower.runtime.presets import FOAL, MODELS
@@ -54,6 +55,16 @@ def test_weights_are_those_of_the_full_model():
     assert memory.weight_bytes(MODELS["base"], torch.bfloat16) == 2 * 15_277_834_240 + 4 * 21_584_896
 
 
+def test_the_prediction_covers_wan():
+    """At the release's decoder width; the clip is short, so one frame's activations decide."""
+    vae, grid = wan_vae.build("cpu", torch.bfloat16, encoder_width=8), Grid(2, 2, 2, 5)
+    generate(vae, "memory")
+    with torch.no_grad(), LiveBytes(vae.state_dict().values()) as count:
+        wan_vae.decode(vae, torch.zeros(grid.video_shape))
+    predicted = memory.wan_bytes(grid, torch.bfloat16)
+    assert 0.5 * predicted < count.peak < 1.1 * predicted
+
+
 @pytest.mark.parametrize("frames", [3, 13])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_prediction_is_what_the_turbo_decoder_takes(frames, dtype):
@@ -72,12 +83,13 @@ def test_free_memory_of_this_machine():
 
 
 @pytest.mark.parametrize("gelu7", [(), (0, 1)])
-def test_the_prediction_is_what_eager_takes(gelu7):
-    config = replace(FOAL, num_layers=2, mm_layers=(), gelu7_layers=gelu7)
+@pytest.mark.parametrize("mm", [(), (0, 1)])
+def test_the_prediction_is_what_eager_takes(gelu7, mm):
+    config = replace(FOAL, num_layers=2, mm_layers=mm, gelu7_layers=gelu7)
     model, grid = DiT(config), Grid.of(256, 128, 25)
     generate(model, "memory")
     inputs = (torch.zeros(grid.video, 192), torch.zeros(grid.audio, 64), torch.zeros(40, 64), coordinates(grid, 40))
     with torch.no_grad(), LiveBytes(model.state_dict().values()) as count:
         model(*inputs, grid.frames)
     predicted = memory.activation_bytes(config, grid, 40)
-    assert 0.85 * predicted < count.peak < 1.1 * predicted
+    assert 0.8 * predicted < count.peak < 1.1 * predicted

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from horsepower.runtime.engine import SUPER_RESOLUTION
 from horsepower.runtime.foal import generate
+from horsepower.runtime.models import attention, dit
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.pipeline import (
@@ -60,33 +62,81 @@ def sr_stage(settings: dict) -> Stage:
     return Stage("sr", settings["sr_num_inference_steps"], "unipc", guided, "v1", settings["shift"])
 
 
+def exact_attention(q, k, v):
+    """As in the recordings: softmax in float32, one rounding at the end. A kernel's own rounding is not on trial."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q.float(), k) * q.shape[-1] ** -0.5
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).to(q.dtype)
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_end_to_end_as_recorded(case):
-    settings, info = case.info["evaluation_config"], case.info
+def test_end_to_end_as_recorded(case, monkeypatch):
+    """The recordings' own attention, so that what is left is meaning; guidance would magnify a kernel's rounding."""
+    monkeypatch.setattr(attention, "full_attention", exact_attention)
+    monkeypatch.setattr(dit, "full_attention", exact_attention)
+    for name, (got, want) in end_to_end(case).items():
+        assert relative_error(got, want) < 0.05, name
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_end_to_end_with_the_models_own_attention(case):
+    """5 %, and more only where the recording says that another right kernel strays further in the reference itself."""
+    floor = case.info.get("rel_l2_other_attention_kernel", 0.0)
+    floor = max(floor.values()) if isinstance(floor, dict) else floor
+    results = end_to_end(case)
+    for name in ("final.video", "final.audio"):
+        assert relative_error(*results[name]) < max(0.05, 3 * floor), name
+
+
+def end_to_end(case: Recording) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Run the recorded clip; every tensor that was recorded on the way, as it is here and as it was there."""
+    settings, info, results = case.info["evaluation_config"], case.info, {}
     window = settings["data_proxy_config"]["frame_receptive_field"]
     texts = Texts(case["ctx"][0, : info["ctx_len"]], case["ctx_null"][0, : info["ctx_null_len"]])
     noise = RecordedNoise([case[key] for key in sorted(case.keys) if key.startswith("noise.")])
     watch, given = Watch(CPU), case.tensors.get("audio.given")
     audio = given.shape[1] if given is not None else info["seconds"] * settings["fps"] + 1
     grid, stage = Grid.of(*info["br_width_height"], audio), base_stage(settings)
+
+    def note(name: str, latents: Latents) -> None:
+        for kind in ("video", "audio"):
+            if f"{name}.{kind}" in case:
+                results[f"{name}.{kind}"] = (getattr(latents, kind), case[f"{name}.{kind}"])
+
     start = prepare(grid, noise, CPU, given)
-    assert torch.equal(start.video, case["base.in.video"])
+    note("base.in", start)
     base = load(case.sibling(info["base_weights"]), [], window)
     keep = given is not None and stage.guidance is not None
     latents = denoise(base, start, texts, stage, noise, watch, case.tensors.get("image.base"), keep)
-    assert relative_error(latents.video, case["base.out.video"]) < 0.05
-    assert relative_error(latents.audio, case["base.out.audio"]) < 0.05
+    note("base.out", latents)
     if info["sr_weights"]:
         model = load(case.sibling(info["sr_weights"]), info.get("local_attn_layers", []), window)
         final = Grid.of(*info["sr_width_height"], audio)
         how = Upscale(settings["noise_value"], settings["sr_audio_noise_scale"])
         image = case.tensors.get("image.sr")
         latents = super_resolve(model, latents, final, texts, sr_stage(settings), noise, watch, image, how)
-    assert relative_error(latents.video, case["final.video"]) < 0.05
-    assert relative_error(latents.audio, case["final.audio"]) < 0.05
+    note("final", latents)
     with pytest.raises(ValueError, match="end of the recording"):  # every draw was used
         noise((1,))
+    return results
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", [case for case in CASES if "sr.in.video" in case], ids=str)
+def test_upscaling_as_recorded(case):
+    settings = case.info["evaluation_config"]
+    base = Latents(case["base.out.video"], case["base.out.audio"])
+    draws = [case[key] for key in sorted(case.keys) if key.startswith("noise.")][-2:]
+    if settings["sr_cfg_number"] and settings["noise_value"] == 0:
+        draws = draws[-1:]
+    final = Grid.of(*case.info["sr_width_height"], base.grid.audio)
+    how = Upscale(settings["noise_value"], settings["sr_audio_noise_scale"])
+    got = upscale(base, final, RecordedNoise(draws), how)
+    assert relative_error(got.video, case["sr.in.video"]) < 1e-5
+    assert relative_error(got.audio, case["sr.in.audio"]) < 1e-5
 
 
 CONFIG = DiTConfig(
@@ -97,9 +147,9 @@ GRID = Grid(frames=2, height=4, width=4, audio=6)
 
 @pytest.fixture(scope="module")
 def model() -> DiT:
-    dit = DiT(CONFIG)
-    generate(dit, "test")
-    return dit
+    made = DiT(CONFIG)
+    generate(made, "test")
+    return made
 
 
 def texts(n: int = 3, seed: int = 0) -> Texts:
@@ -151,13 +201,43 @@ def test_guidance_needs_a_negative_prompt(model):
         )  # fmt: skip
 
 
-def test_upscaling_keeps_corners_and_time():
-    latents = prepare(GRID, SeededNoise(1), CPU)
-    large = Grid(frames=2, height=10, width=12, audio=6)
-    clean = upscale(latents, large, SeededNoise(2), Upscale(noise_index=0, audio_noise=0.0))
-    assert clean.video.shape == large.video_shape
-    torch.testing.assert_close(clean.video[..., ::9, ::11], latents.video[..., ::3, ::3])
-    assert torch.equal(clean.audio, latents.audio)
+def test_upscaling_aligns_corners():
+    ramp = torch.arange(4.0).expand(GRID.video_shape)
+    large = Grid(frames=2, height=10, width=10, audio=6)
+    clean = upscale(Latents(ramp, torch.zeros(GRID.audio_shape)), large, SeededNoise(2), Upscale(0, 0.0))
+    torch.testing.assert_close(clean.video, torch.linspace(0, 3, 10).expand(large.video_shape))
+
+
+def test_upscaling_keeps_the_variance_and_mixes_the_sound():
+    ones, zeros = torch.ones(GRID.video_shape), torch.zeros(GRID.audio_shape)
+    draws = RecordedNoise([torch.full(GRID.video_shape, 2.0), torch.full(GRID.audio_shape, 10.0)])
+    noised = upscale(Latents(ones, zeros + 1), GRID, draws, Upscale())
+    signal = 0.8389104
+    torch.testing.assert_close(noised.video, ones * (signal + 2 * (1 - signal**2) ** 0.5))
+    torch.testing.assert_close(noised.audio, zeros + 0.7 * 10 + 0.3 * 1)
+
+
+def test_order_of_the_draws(model):
+    """Audio before video at the start, video before audio in each step and before super-resolution."""
+    drawn = []
+
+    def noise(shape):
+        drawn.append("audio" if len(shape) == 3 else "video")
+        return torch.zeros(tuple(shape))
+
+    latents = denoise(model, prepare(GRID, noise, CPU), texts(), Stage("base", 2, "distilled"), noise, Watch(CPU))
+    large = Grid(frames=2, height=6, width=6, audio=6)
+    super_resolve(model, latents, large, texts(), Stage("sr", 1, "unipc", coords="v1"), noise, Watch(CPU))
+    assert drawn == ["audio", "video", *["video", "audio"] * 2, "video", "audio"]
+    drawn.clear()
+    prepare(GRID, noise, CPU, torch.zeros(GRID.audio_shape))
+    assert drawn == ["video"]
+
+
+def test_the_released_settings():
+    assert Upscale() == Upscale(noise_index=220, audio_noise=0.7)
+    assert Stage("super-resolution", 5, "unipc", None, "v1", 5.0) == SUPER_RESOLUTION
+    assert Stage("base", 8, "distilled").coords == "v2"
 
 
 def test_frames_are_truncated_and_clamped():

@@ -1,5 +1,7 @@
 """A folder in the released layout, from download to clip."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def test_the_parts_hold_the_files_values(converted):
     assert all(torch.equal(dit[key], value.to(dit[key].dtype)) for key, value in state.items())
     assert source.config("1080p_sr").local_attn_layers == (0, 1, 2, 4)
     wan = load_file(converted / "Wan2.2-TI2V-5B" / "Wan2.2_VAE.safetensors")
-    vae = source._wan().state_dict()
+    vae = source._wan.state_dict()
     assert all(torch.equal(vae[wan_vae.rename(key)], value.to(BF16)) for key, value in wan.items())
 
 
@@ -78,7 +80,7 @@ def test_diffusers_folders_are_taken_as_they_are(converted, copy):
     shutil.rmtree(copy / "turbo_vae")
     want_pixels = list(ReleasedFolder(copy, CPU, BF16).video_decoder()(latents))
     want_wave = source.audio_codec().decode(sound)
-    for part, vae in (("Wan2.2-TI2V-5B", source._wan()), ("stable-audio-open-1.0", source.audio_codec()._vae)):
+    for part, vae in (("Wan2.2-TI2V-5B", source._wan), ("stable-audio-open-1.0", source.audio_codec()._vae)):
         shutil.rmtree(copy / part)
         vae.save_pretrained(copy / part / "vae")
     again = ReleasedFolder(copy, CPU, BF16)
@@ -145,6 +147,38 @@ def test_broken_parts_name_their_file(copy):
     (copy / "base" / "config.json").write_text('{"head_dim": 7}')
     with pytest.raises(ValueError, match=r"head_dim, num_query_groups: got 7"):
         source.config("base")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
+        lambda folder: os.truncate(folder / "model.safetensors", 3000),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: poison(folder / "model.safetensors", "model.encoder.norm.weight"),
+    ],
+)
+def test_a_broken_text_encoder_is_a_value_error(copy, fault):
+    fault(copy / "t5gemma-9b-9b-ul2")
+    with pytest.raises(ValueError, match=r"^folder: got .*t5gemma.*, allowed: "):
+        Engine.from_pretrained(copy)
+
+
+def poison(file, key):
+    state = load_file(file)
+    state[key][0] = torch.nan
+    save_file(state, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("field", ["text_in_channels", "video_in_channels", "audio_in_channels"])
+def test_a_model_that_reads_other_channels_is_refused(copy, field):
+    config = copy / "distill" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: 24}))
+    with pytest.raises(ValueError, match=r"^model distill: got .*24.* channels of video, audio, text, allowed: "):
+        Engine.from_pretrained(copy)
 
 
 def test_the_audio_prefix_is_the_released_one(converted):

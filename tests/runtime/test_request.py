@@ -49,12 +49,25 @@ from horsepower.runtime.request import MAX_CHARACTERS, Timings
         ("sampler", "euler"),
         ("speech_text", "hello"),
         ("keep_audio", True),
+        ("keep_audio", "no"),
+        ("image", 5),
+        ("image", b"x"),
+        ("audio", 5),
+        ("super_resolution_guidance", -1),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value):
     named = "speech_language" if field == "speech_text" else field
     with pytest.raises(ValueError, match=rf"^{named}: got .*, allowed: "):
         Request(**{"prompt": "a horse", field: value})
+
+
+@pytest.mark.parametrize("field", ["duration", "guidance", "seed", "num_inference_steps"])
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_huge_integer_is_refused_in_few_words(field, digits):
+    with pytest.raises(ValueError, match=rf"^{field}: got ") as error:
+        Request(prompt="a horse", **{field: 10**digits})
+    assert len(str(error.value)) < 200
 
 
 def test_a_long_value_is_not_repeated_in_the_message():
@@ -67,6 +80,8 @@ def test_speech():
     Request(prompt="a horse", speech_text="Hello!", speech_language="en")
     with pytest.raises(ValueError, match=r"^speech_language: got 'tlh', allowed: en, zh, yue, ja, ko, de, fr"):
         Request(prompt="a horse", speech_text="Hello!", speech_language="tlh")
+    with pytest.raises(ValueError, match=r"^speech_language: got \[\]"):
+        Request(prompt="a horse", speech_text="Hello!", speech_language=[])
     with pytest.raises(ValueError, match=r"^speech_text: got None"):
         Request(prompt="a horse", speech_language="en")
     with pytest.raises(ValueError, match=r"^speech_text: .*Dialogue: part"):

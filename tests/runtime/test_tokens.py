@@ -36,9 +36,9 @@ def test_as_recorded(case, name):
         case[f"{name}.out_video"],
     )
     assert torch.equal(out[modality == 1][None, :, : audio.shape[2]], case[f"{name}.out_audio"])
-    if f"{name}.rope_head_dim32" in case:
-        rope = FourierRope(32, torch.float32, "cpu")(coords)
-        torch.testing.assert_close(rope, case[f"{name}.rope_head_dim32"], rtol=0, atol=1e-6)
+    for key in (key for key in case.keys if key.startswith(f"{name}.rope_head_dim")):
+        rope = FourierRope(int(key.rpartition("head_dim")[2]), torch.float32, "cpu")(coords)
+        torch.testing.assert_close(rope, case[key], rtol=0, atol=1e-6)
 
 
 def test_input_and_output_channels_are_in_different_orders():
@@ -65,8 +65,10 @@ def test_sizes_round_down_to_multiples_of_32():
 
 def test_one_text_token_has_no_place_in_v1():
     grid = Grid(2, 4, 4, 5)
-    with pytest.raises(ValueError, match="text: got 1"):
+    with pytest.raises(ValueError, match="text, audio: got 1 and 5"):
         coordinates(grid, 1, "v1")
+    with pytest.raises(ValueError, match="text, audio: got 4 and 1"):
+        coordinates(Grid(3, 4, 4, 1), 4, "v1")
     rope = FourierRope(32, torch.float32, "cpu")(coordinates(grid, 1, "v2"))
     assert rope.isfinite().all()
 

@@ -137,7 +137,7 @@ def write_audio(folder: Path) -> None:
 def _renames(path: str) -> bool:
     try:
         audio_vae.rename(path)
-    except KeyError:
+    except ValueError:
         return False
     return True
 

@@ -41,6 +41,13 @@ def test_the_op_is_sound_for_the_compiler():
     torch.library.opcheck(torch.ops.horsepower.windowed_attention.default, (q, k, v, 3, 9, 1))
 
 
+@pytest.mark.parametrize("frames", [0, 3, -1])
+def test_frames_divide_the_video(frames):
+    q = torch.zeros(10, 2, 16)
+    with pytest.raises(ValueError, match=f"frames: got {frames} for 10 video tokens"):
+        windowed_attention(q, q, q, frames, 10, 1)
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("case", find("packing_"), ids=str)
 def test_ranges_as_recorded(case):

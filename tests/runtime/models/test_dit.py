@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from horsepower.runtime.models.dit import DiT, FourierRope, Layer, rotate, swiglu7
+from horsepower.runtime.models.dit import Adapter, DiT, FourierRope, Layer, rotate, swiglu7
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.presets import FOAL, FOAL_MODELS, MODELS
 from recordings import Recording, find, relative_error
@@ -114,21 +114,31 @@ def test_each_layer_as_recorded(case, n):
 @pytest.mark.parametrize("case", TRACED, ids=str)
 def test_embedding_rope_and_norms_as_recorded(case):
     config, weights = config_of(case), case.sibling(case.info["weights"])
-    parts, coords, _ = parts_of(case, config)
-    rope = FourierRope(config.head_dim, torch.float32, "cpu")
-    torch.testing.assert_close(rope.bands, weights["adapter.rope.bands"], rtol=1e-6, atol=0)
-    torch.testing.assert_close(rope(coords), case["trace.rope"], rtol=0, atol=1e-6)
-    names = ("video", "audio", "text")
-    embedded = [
-        torch.nn.functional.linear(x, *(weights[f"adapter.{m}_embedder.{leaf}"] for leaf in ("weight", "bias")))
-        for x, m in zip(parts, names, strict=True)
-    ]
-    assert relative_error(torch.cat(embedded), case["trace.block_in"]) < 1e-6
-    layer = Layer(config, 0, torch.bfloat16, "meta")
-    norm = layer.attention.pre_norm
-    norm.weight = torch.nn.Parameter(weights["block.layers.0.attention.pre_norm.weight"])
-    normed = norm(case["trace.block_in"], tuple(map(len, parts)))
-    assert relative_error(normed, case["trace.layer00.attn.pre_norm"]) < 1e-6
+    parts, _, _ = parts_of(case, config)
+    adapter = Adapter(config, torch.float32, "meta")
+    own = {key.removeprefix("adapter."): weights[key] for key in weights.keys if key.startswith("adapter.")}
+    adapter.load_state_dict(own, assign=True)
+    computed = FourierRope(config.head_dim, torch.float32, "cpu").bands
+    torch.testing.assert_close(computed, adapter.rope.bands, rtol=1e-6, atol=0)
+    torch.testing.assert_close(adapter.rope(case["in.coords"]), case["trace.rope"], rtol=0, atol=1e-6)
+    embedders = (adapter.video_embedder, adapter.audio_embedder, adapter.text_embedder)
+    embedded = torch.cat([embed(x).to(config.params_dtype) for embed, x in zip(embedders, parts, strict=True)])
+    assert relative_error(embedded, case["trace.block_in"]) < 1e-6
+    if "trace.layer00.attn.pre_norm" in case:
+        norm = Layer(config, 0, torch.bfloat16, "meta").attention.pre_norm
+        norm.weight = torch.nn.Parameter(weights["block.layers.0.attention.pre_norm.weight"])
+        normed = norm(case["trace.block_in"], tuple(map(len, parts)))
+        assert relative_error(normed, case["trace.layer00.attn.pre_norm"]) < 1e-6
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_each_output_has_its_own_head(modality):
+    model, inputs = random_model(TINY), random_inputs(TINY, 2, 3, 5, 4)
+    before = dict(zip(("video", "audio"), model(*inputs, 2), strict=True))
+    for part in (getattr(model, f"final_norm_{modality}"), getattr(model, f"final_linear_{modality}")):
+        part.weight.data.mul_(0.5)
+    after = dict(zip(("video", "audio"), model(*inputs, 2), strict=True))
+    assert {m for m in before if not torch.equal(before[m], after[m])} == {modality}
 
 
 def test_full_size_presets_have_the_released_parameters():
@@ -253,6 +263,10 @@ def test_swiglu7_clamps_and_pairs_neighbours():
         ({"num_query_groups": 7}, "num_query_groups"),
         ({"gating": "sometimes"}, "gating"),
         ({"mm_layers": [40]}, "mm_layers"),
+        ({"mm_layers": ["a"]}, "mm_layers"),
+        ({"gelu7_layers": None}, "gelu7_layers"),
+        ({"video_in_channels": 0}, "video_in_channels"),
+        ({"frame_receptive_field": -5}, "frame_receptive_field"),
         ({"params_dtype": "float8"}, "params_dtype"),
         ({"hidden_size": "large"}, "hidden_size"),
     ],

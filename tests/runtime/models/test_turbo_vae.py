@@ -178,10 +178,10 @@ def test_rms_norm_keeps_float32_inside() -> None:
         ("scaling_factor", 0.5, "1"),
         ("decoder_layers_per_block", [2, 2, 2, 3], "5 for 4 blocks"),
         ("decoder_spatio_only", [True], "4 for 4 blocks"),
-        ("decoder_block_out_channels", [], "expected 1"),
-        ("first_chunk_size", 0, "positive"),
-        ("step_size", -7, "positive"),
-        ("patch_size", "2", "positive"),
+        ("decoder_block_out_channels", [], "allowed: 1"),
+        ("first_chunk_size", 0, "allowed: values like"),
+        ("step_size", -7, "allowed: values like"),
+        ("patch_size", "2", "allowed: values like"),
     ],
 )
 def test_bad_configuration(field: str, value: Any, allowed: str) -> None:

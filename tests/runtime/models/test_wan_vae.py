@@ -98,7 +98,7 @@ def test_latent_frame_does_not_see_the_future(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 4, 32, 32), "4 frames, expected 4n"),
+        ((1, 3, 4, 32, 32), "4 frames, allowed: 4n"),
         ((1, 3, 0, 32, 32), "shape"),
         ((1, 3, 1, 40, 32), "height 40 and width 32"),
         ((1, 3, 1, 32, 24), "multiples of 16"),
