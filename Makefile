@@ -8,6 +8,8 @@ PROMPT ?= A horse galloping through a cherry blossom forest at sunset
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Threads that wait by spinning slow a shared machine down tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
 # What is tested is what is installed, never a checkout that happens to lie on the path.
 unexport PYTHONPATH
 

@@ -71,9 +71,40 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, field, capsys, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_options_are_exit_code_2():
-    assert run("generate", "x", "--fast").returncode == 2
-    assert run().returncode == 2
+@pytest.mark.parametrize(
+    "arguments", [("generate", "x", "--fast"), ("generate", "x", "--steps", "abc"), ("generate",), ("nonsense",), ()]
+)
+def test_what_cannot_be_parsed_is_one_line_and_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("horsepower: ")
+
+
+def test_nobody_reads(tmp_path):
+    """A closed pipe is not a traceback."""
+    command = [sys.executable, "-m", "horsepower.cli", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    arguments = [*GENERATE, "--steps", "3", "-o", str(tmp_path / "clip.mp4")]
+    code = (
+        "import sys, signal, horsepower.runtime.watch as w; from horsepower.cli import main; real = w.Watch.steps\n"
+        "def steps(self, stage, count):\n"
+        "    for i in real(self, stage, count):\n"
+        "        if stage == 'base' and i == 1: signal.raise_signal(signal.SIGINT)\n"
+        "        yield i\n"
+        "w.Watch.steps = steps\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "horsepower: interrupted\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_imports_nothing_heavy():
