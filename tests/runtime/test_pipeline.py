@@ -83,7 +83,7 @@ def test_end_to_end_as_recorded(case, monkeypatch):
 @pytest.mark.golden
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_end_to_end_with_the_models_own_attention(case):
-    """8 %, for guidance multiplies a kernel's rounding; more only where the reference itself strays by a third of it."""
+    """8 %, for guidance multiplies a kernel's rounding; more only where the reference itself strays a third as far."""
     floor = case.info.get("rel_l2_other_attention_kernel", 0.0)
     floor = max(floor.values()) if isinstance(floor, dict) else floor
     results = end_to_end(case)
