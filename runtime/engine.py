@@ -103,6 +103,8 @@ class Engine:
         on_progress is called before the first and after every step of every stage. Setting `cancel` ends the request
         at the next step with `Cancelled`. Raises ValueError for what the model cannot do or the files do not hold.
         """
+        if not isinstance(request, Request):
+            raise ValueError(f"request: got {type(request).__name__}, allowed: a Request")
         stage, picture = self._stage(request), sizes(request.resolution)
         with self._turn(cancel), torch.no_grad():
             self._check_picture(request, picture)
@@ -272,7 +274,7 @@ def _open(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dty
         return Foal(device, dtype)
     from horsepower.runtime.released import ReleasedFolder
 
-    if not Path(folder).is_dir():
+    if not isinstance(folder, str | os.PathLike) or not Path(folder).is_dir():
         raise ValueError(f"folder: got {str(folder)!r}, allowed: a folder of checkpoints, or the preset foal")
     return ReleasedFolder(Path(folder), device, dtype)
 

@@ -70,7 +70,8 @@ def config_from_stable_audio(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError, naming the field, where one is missing or asks for what the release does not use.
     """
-    root = "model.pretransform.config" if "pretransform" in _field(config, "model") else "model"
+    model = _field(config, "model")
+    root = "model.pretransform.config" if isinstance(model, Mapping) and "pretransform" in model else "model"
     allowed = {f"{root}.{path}": value for path, value in _FIXED.items()}
     allowed |= {f"{root}.encoder.config.{name}": _field(config, f"{root}.decoder.config.{name}") for name in _SAME}
     for path, value in {"sample_rate": OUTPUT_RATE, **allowed}.items():

@@ -237,6 +237,7 @@ def test_an_error_in_a_callback_ends_the_request_only(foal):
         ({"device": "meta"}, "device"),
         ({"dtype": torch.int8}, "dtype"),
         ({"folder": "/nowhere/at/all"}, "folder"),
+        ({"folder": 3}, "folder"),
     ],
 )
 def test_bad_engines(arguments, field):
@@ -250,6 +251,11 @@ def test_a_clip_beyond_memory_is_refused_before_any_work(foal, monkeypatch):
     with pytest.raises(ValueError, match="^resolution, duration: got 448x256 .* allowed: what fits 0.0 GiB free"):
         foal.run(Request(prompt="A horse"), seen.append)
     assert not seen
+
+
+def test_only_requests_are_run(foal):
+    with pytest.raises(ValueError, match="^request: got str, allowed: a Request"):
+        foal.run("A horse")
 
 
 def test_float32_is_near_bfloat16(foal):

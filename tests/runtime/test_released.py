@@ -144,6 +144,9 @@ def test_broken_parts_name_their_file(copy):
     (copy / "stable-audio-open-1.0" / "model_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"missing in the configuration"):
         source.audio_codec()
+    (copy / "stable-audio-open-1.0" / "model_config.json").write_text('{"model": null}')
+    with pytest.raises(ValueError, match=r"^model\..*: missing in the configuration"):
+        source.audio_codec()
     (copy / "base" / "config.json").write_text('{"head_dim": 7}')
     with pytest.raises(ValueError, match=r"head_dim, num_query_groups: got 7"):
         source.config("base")
