@@ -49,6 +49,11 @@ class Op:
                 return outputs
         return self.reference(*inputs)
 
+    @property
+    def single(self) -> bool:
+        """Whether torch sees one tensor, not a tuple."""
+        return self.schema.endswith("-> Tensor")
+
 
 OPS: dict[str, Op] = {}
 _LIBRARY = torch.library.Library("horsepower", "FRAGMENT")
@@ -59,7 +64,11 @@ def register(op: Op) -> Op:
     if op.name in OPS:
         raise ValueError(f"name: got {op.name!r}, which is registered already")
     _LIBRARY.define(f"{op.name}{op.schema}")
-    _LIBRARY.impl(op.name, op, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"horsepower::{op.name}", op.outputs, lib=_LIBRARY)
+
+    def as_torch(rule: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+        return lambda *inputs: rule(*inputs)[0] if op.single else rule(*inputs)
+
+    _LIBRARY.impl(op.name, as_torch(op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"horsepower::{op.name}", as_torch(op.outputs), lib=_LIBRARY)
     OPS[op.name] = op
     return op

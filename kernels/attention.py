@@ -1,0 +1,99 @@
+"""Softmax attention with the model's gate, over all tokens or through a window of neighbouring frames.
+
+    out = softmax(q k^T / sqrt(D)) v * sigmoid(gate)
+
+Rows are video (frame-major), audio, text. With a window, a video row sees the frames within `window` of its own, and all
+audio and text; audio and text rows see everything. Query head j reads kv head j // (Hq / Hkv).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from horsepower.kernels.modality import check_counts
+from horsepower.kernels.registry import Cost, Op, register
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? gate, int experts, SymInt[] counts, SymInt frames, SymInt video, int window)"
+    " -> Tensor"
+)
+
+
+def outputs(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
+    window: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """q [L, Hq, D], k and v [L, Hkv, D] of one dtype -> [L, Hq, D].
+
+    gate, before its sigmoid: [L, Hq] for a gate a token, or [experts * Hq] for one a head (and a modality), or None.
+    window: latent frames on either side, or -1 for all; the first `video` rows are `frames` frames of equal size.
+    Raises ValueError for inputs that do not belong together.
+    """
+    Hq, Hkv = q.shape[1], k.shape[1]
+    if k.shape != v.shape or not q.dtype == k.dtype == v.dtype or q.shape[2] != k.shape[2] or Hq % Hkv:
+        raise ValueError(f"q, k, v: got {[list(x.shape) for x in (q, k, v)]}, allowed: heads of one size and dtype")
+    if gate is not None and gate.ndim == 1 and gate.shape[0] != experts * Hq:
+        raise ValueError(f"gate: got {list(gate.shape)}, allowed: [L, {Hq}] or [{experts * Hq}]")
+    if gate is not None and gate.ndim == 1 and experts != 1:
+        check_counts(counts, q.shape[0])
+    if window >= 0 and type(frames) is type(video) is int and (frames < 1 or video % frames):
+        raise ValueError(f"frames: got {frames} for {video} video tokens, allowed: a divisor of them")
+    return (q.new_empty(q.shape),)
+
+
+def key_ranges(frames: int, video: int, window: int, rows: int) -> list[tuple[slice, tuple[slice, ...]]]:
+    """Query rows, and the ranges of keys that they see; the ranges of queries are disjoint and cover all rows."""
+    everything = (slice(0, rows),)
+    if window < 0:
+        return [(slice(0, rows), everything)]
+    tokens = video // frames
+    seen: dict[tuple[int, int], list[int]] = {}
+    for frame in range(frames):
+        seen.setdefault((max(0, frame - window), min(frames, frame + window + 1)), []).append(frame)
+    ranges = [
+        (
+            slice(members[0] * tokens, (members[-1] + 1) * tokens),
+            (slice(first * tokens, last * tokens), slice(video, rows)),
+        )
+        for (first, last), members in seen.items()
+    ]
+    return [*ranges, (slice(video, rows), everything)]
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
+    window: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """torch's attention, one call a range of queries; the gate in at least float32."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for queries, keys in key_ranges(frames, video, window, q.shape[0]):
+        if queries.stop > queries.start:
+            seen = (torch.cat([x[part] for part in keys]) if len(keys) > 1 else x[keys[0]] for x in (k, v))
+            heads = (x.transpose(0, 1)[None] for x in (q[queries], *seen))
+            out[queries] = F.scaled_dot_product_attention(*heads, enable_gqa=True)[0].transpose(0, 1)
+    if gate is None:
+        return (out,)
+    factor = torch.sigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32)))
+    if gate.ndim == 1 and experts != 1:
+        rows = zip(factor.chunk(experts), counts, strict=True)
+        factor = torch.cat([row.expand(count, -1) for row, count in rows])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return ((out.to(wide) * factor[..., None]).to(q.dtype),)
+
+
+def cost(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
+    window: int,
+) -> Cost:  # fmt: skip
+    """Two products over the pairs that see each other; each tensor passes memory once."""
+    pairs = sum(
+        (rows.stop - rows.start) * sum(part.stop - part.start for part in keys)
+        for rows, keys in key_ranges(frames, video, window, q.shape[0])
+    )
+    moved = (2 * q.numel() + k.numel() + v.numel()) * q.itemsize
+    return Cost(4 * pairs * q.shape[1] * q.shape[2], moved + (gate.numel() * gate.itemsize if gate is not None else 0))
+
+
+ATTENTION = register(Op("attention", SCHEMA, outputs, reference, cost, kernels=()))

@@ -1,0 +1,21 @@
+"""Rows by modality: video, audio and text are contiguous ranges of one sequence, and may have weights of their own."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_counts(counts: Sequence[int], rows: int) -> None:
+    """Raises ValueError unless `counts` are three that sum to `rows`; symbolic counts are trusted."""
+    concrete = all(type(n) is int for n in (*counts, rows))
+    if len(counts) != 3 or (concrete and sum(counts) != rows):
+        raise ValueError(f"counts: got {list(counts)}, allowed: three that sum to {rows}")
+
+
+def by_modality(compute: Callable[..., Tensor], experts: int, counts: Sequence[int], x: Tensor, *own: Tensor) -> Tensor:
+    """`compute(rows, *own parts)` for each expert's rows of x; each tensor of `own` stacks the experts' parts."""
+    if experts == 1:
+        return compute(x, *own)
+    parts = zip(x.split(list(counts)), *(tensor.chunk(experts) for tensor in own), strict=True)
+    return torch.cat([compute(*part) for part in parts])

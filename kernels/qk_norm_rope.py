@@ -1,0 +1,66 @@
+"""Norm, rotation and cast of queries and keys, straight from the columns of the QKV projection."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from horsepower.kernels.modality import check_counts
+from horsepower.kernels.registry import Cost, Op, register
+from horsepower.kernels.rms_norm import reference as rms_norm
+from horsepower.kernels.rope import check_rope, rotate
+
+SCHEMA = (
+    "(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor rope, int experts, SymInt[] counts, int heads_q, int heads_kv, "
+    "float eps) -> (Tensor, Tensor)"
+)
+
+
+def outputs(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
+    heads_kv: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """qkv [L, (heads_q + heads_kv) * D + any] -> q [L, heads_q, D] and k [L, heads_kv, D] in its dtype.
+
+    Gains [experts * D]; rope [L, 2 h], sines then cosines. Raises ValueError for inputs that do not belong together.
+    """
+    D = q_gain.shape[0] // experts
+    if q_gain.shape != k_gain.shape or q_gain.ndim != 1 or q_gain.shape[0] % experts:
+        raise ValueError(f"q_gain, k_gain: got {list(q_gain.shape)}, {list(k_gain.shape)}, allowed: [{experts} D] both")
+    if qkv.ndim != 2 or qkv.shape[1] < (heads_q + heads_kv) * D:
+        raise ValueError(f"qkv: got {list(qkv.shape)}, allowed: [L, at least {(heads_q + heads_kv) * D}]")
+    check_rope(rope, D)
+    if experts != 1:
+        check_counts(counts, qkv.shape[0])
+    L = qkv.shape[0]
+    return qkv.new_empty((L, heads_q, D)), qkv.new_empty((L, heads_kv, D))
+
+
+def reference(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
+    heads_kv: int, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The same in plain PyTorch; float64 inputs give the exact answer."""
+    D = q_gain.shape[0] // experts
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+
+    def turned(columns: Tensor, gain: Tensor) -> Tensor:
+        heads = columns.unflatten(1, (-1, D))
+        return rotate(rms_norm(heads, gain, experts, counts, eps, wide)[0], rope).to(qkv.dtype)
+
+    q, k = qkv[:, : (heads_q + heads_kv) * D].split((heads_q * D, heads_kv * D), dim=1)
+    return turned(q, q_gain), turned(k, k_gain)
+
+
+def cost(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
+    heads_kv: int, eps: float,
+) -> Cost:  # fmt: skip
+    """Per value: four operations of the norm, three of the rotation; each tensor passes memory once."""
+    L, heads = qkv.shape[0], heads_q + heads_kv
+    n = L * heads * (q_gain.shape[0] // experts)
+    gains = (q_gain.numel() + k_gain.numel()) * q_gain.itemsize
+    return Cost(4 * n + 3 * heads * rope.numel(), 2 * n * qkv.itemsize + rope.numel() * rope.itemsize + gains)
+
+
+QK_NORM_ROPE = register(Op("qk_norm_rope", SCHEMA, outputs, reference, cost, kernels=()))

@@ -1,0 +1,48 @@
+"""Rotary position embedding of half-split pairs: the first 2 h dimensions of each head turn, the others stay.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)   with a = x[..., :h], b = x[..., h : 2 h]
+"""
+
+import torch
+from torch import Tensor
+
+from horsepower.kernels.registry import Cost, Op, register
+
+SCHEMA = "(Tensor x, Tensor rope, ScalarType dtype) -> Tensor"
+
+
+def outputs(x: Tensor, rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x [L, H, D], rope [L, 2 h] (sines, then cosines) -> [L, H, D] in `dtype`.
+
+    Raises ValueError for inputs that do not belong together.
+    """
+    check_rope(rope, x.shape[2])
+    return (x.new_empty(x.shape, dtype=dtype),)
+
+
+def check_rope(rope: Tensor, head_dim: int) -> None:
+    """Raises ValueError unless rope is [L, 2 h] with 2 h <= head_dim."""
+    if rope.ndim != 2 or rope.shape[1] % 2 or rope.shape[1] > head_dim:
+        raise ValueError(f"rope: got {list(rope.shape)}, allowed: [L, an even number up to {head_dim}]")
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Plain PyTorch, in the dtype of x and rope."""
+    sin, cos = rope[:, None].chunk(2, dim=-1)
+    half = sin.shape[-1]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def reference(x: Tensor, rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The same in plain PyTorch."""
+    return (rotate(x, rope).to(dtype),)
+
+
+def cost(x: Tensor, rope: Tensor, dtype: torch.dtype) -> Cost:
+    """Three operations a turned value; each tensor passes memory once."""
+    turned = rope.numel() * x.shape[1]
+    return Cost(flops=3 * turned, bytes=x.numel() * (x.itemsize + dtype.itemsize) + rope.numel() * rope.itemsize)
+
+
+ROPE = register(Op("rope", SCHEMA, outputs, reference, cost, kernels=()))
