@@ -6,23 +6,32 @@ import pytest
 import torch
 
 from horsepower.bench.measure import warm_allocator
-from horsepower.kernels.add_rms_norm import native, outputs, reference
+from horsepower.kernels.add_rms_norm import ADD_RMS_NORM
 from horsepower.kernels.native_library import ISAS
+from horsepower.kernels.registry import Op
 
 pytestmark = pytest.mark.benchmark
 SHAPES = [(1520, 256), (400, 5120)]  # below 32 MiB a tensor, so that eager reuses memory too
 
 
+def compare(benchmark: Any, op: Op, kernel: str, case: str, *arguments: Any) -> None:
+    """Time the op's reference, or its native kernel in one instruction set."""
+    warm_allocator()
+    benchmark.group = f"{op.name} {case}"
+    if kernel == "eager":
+        benchmark(op.reference, *arguments)
+    else:
+        benchmark(op.kernels[0].run, op.outputs(*arguments), *arguments, kernel)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kernel", ["eager", *ISAS])
-def test_add_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int]) -> None:
-    warm_allocator()
-    benchmark.group = f"add_rms_norm {shape}"
-    generator = torch.Generator().manual_seed(0)
-    residual, gain = torch.randn(shape, generator=generator), torch.randn(shape[1], generator=generator)
-    arguments: Any = (residual, residual.bfloat16(), gain, [], 1e-6, torch.bfloat16)
-    out = outputs(*arguments)
-    if kernel == "eager":
-        benchmark(reference, *arguments)
-    else:
-        benchmark(native, out, *arguments, kernel)
+def test_add_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int], post_norm: bool) -> None:
+    residual, gain = normal(*shape), normal(shape[1])
+    arguments = (residual, residual.bfloat16(), gain if post_norm else None, gain, [], 1e-6, torch.bfloat16)
+    compare(benchmark, ADD_RMS_NORM, kernel, f"{shape} {post_norm=}", *arguments)

@@ -1,89 +1,108 @@
 """Residual addition, RMS norm and cast in one pass: how a branch ends and the next one begins.
 
-    sum = residual + branch;  normed = cast(sum * rsqrt(mean(sum^2) + eps) * (gain + 1))
+    sum = residual + branch                        or, with a post-norm,  residual + norm(branch) * post_gain
+    normed = cast(norm(sum) * gain)                where norm(x) = x * rsqrt(mean(x^2) + eps), at least in float32
 
-Rows are tokens. With three experts the gain is one row a modality, and `counts` says how many tokens each has.
+Rows are tokens. Each gain is one row, or one row a modality; `counts` then says how many tokens each modality has.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from horsepower import _native
-from horsepower.kernels.native_library import ISAS, threads
+from horsepower.kernels.modality import check_counts, first_rows
+from horsepower.kernels.native_library import ISAS, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
+from horsepower.kernels.rms_norm import reference as rms_norm
+from horsepower.kernels.sizes import differ
 
 SCHEMA = (
-    "(Tensor residual, Tensor branch, Tensor gain, SymInt[] counts, float eps, ScalarType dtype) -> (Tensor, Tensor)"
+    "(Tensor residual, Tensor branch, Tensor? post_gain, Tensor gain, SymInt[] counts, float eps, ScalarType dtype) "
+    "-> (Tensor, Tensor)"
 )
+FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def outputs(
-    residual: Tensor, branch: Tensor, gain: Tensor, counts: Sequence[int], eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """sum [L, C] float32 and normed [L, C] in `dtype`. Raises ValueError for inputs that do not belong together."""
-    if residual.ndim != 2 or residual.dtype != torch.float32:
-        raise ValueError(f"residual: got {list(residual.shape)} {residual.dtype}, allowed: [L, C] float32")
-    if branch.shape != residual.shape or branch.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"branch: got {list(branch.shape)} {branch.dtype}, allowed: {list(residual.shape)} float32 or bfloat16"
-        )
-    if gain.ndim != 1 or gain.dtype != torch.float32 or gain.shape[0] not in (C := residual.shape[1], 3 * C):
-        raise ValueError(f"gain: got {list(gain.shape)} {gain.dtype}, allowed: [C] or [3 C] float32 with C = {C}")
-    if gain.shape[0] == 3 * C and (len(counts) != 3 or sum(counts) != residual.shape[0]):
-        raise ValueError(f"counts: got {list(counts)}, allowed: three that sum to {residual.shape[0]}")
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype: got {dtype}, allowed: torch.float32, torch.bfloat16")
-    shape = residual.shape
-    return residual.new_empty(shape), residual.new_empty(shape, dtype=dtype)
+    residual: Tensor, branch: Tensor, post_gain: Tensor | None, gain: Tensor, counts: Sequence[int], eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """residual, branch [L, C], gains [C] or [3 C] -> sum [L, C] in the wider dtype of the two, normed in `dtype`.
+
+    Raises ValueError for inputs that do not belong together.
+    """
+    if residual.ndim != 2 or residual.dtype not in FLOATS:
+        raise ValueError(f"residual: got {list(residual.shape)} {residual.dtype}, allowed: [L, C] of {FLOATS}")
+    L, C = residual.shape
+    if differ(branch.shape, (L, C)) or branch.dtype not in FLOATS:
+        raise ValueError(f"branch: got {list(branch.shape)} {branch.dtype}, allowed: {[L, C]} of {FLOATS}")
+    for name, own in (("post_gain", post_gain), ("gain", gain)):
+        if own is None:
+            continue
+        if (differ(own.shape, (C,)) and differ(own.shape, (3 * C,))) or own.dtype not in FLOATS:
+            raise ValueError(f"{name}: got {list(own.shape)} {own.dtype}, allowed: [C] or [3 C] with C = {C}")
+        if _experts(own, C) == 3:
+            check_counts(counts, L)
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: got {dtype}, allowed: {FLOATS}")
+    total = residual.new_empty((L, C), dtype=torch.promote_types(residual.dtype, branch.dtype))
+    return total, residual.new_empty((L, C), dtype=dtype)
+
+
+def _experts(gain: Tensor, dim: int) -> int:
+    return 1 if gain.shape[0] == dim else 3
 
 
 def reference(
-    residual: Tensor, branch: Tensor, gain: Tensor, counts: Sequence[int], eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    residual: Tensor, branch: Tensor, post_gain: Tensor | None, gain: Tensor, counts: Sequence[int], eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same in plain PyTorch; float64 inputs give the exact answer."""
     C = residual.shape[1]
-    total = residual + branch
-    experts = gain.numel() // C
-    parts = total.split(list(counts)) if experts == 3 else (total,)
-    normed = [F.rms_norm(part, (C,), g + 1, eps) for part, g in zip(parts, gain.chunk(experts), strict=True)]
-    return total, torch.cat(normed).to(dtype)
+    sum_dtype = torch.promote_types(residual.dtype, branch.dtype)
+    wide = torch.promote_types(sum_dtype, torch.float32)
+    if post_gain is not None:
+        branch = rms_norm(branch.to(wide), post_gain, _experts(post_gain, C), counts, eps, wide)[0]
+    total = (residual + branch).to(sum_dtype)
+    return total, rms_norm(total, gain, _experts(gain, C), counts, eps, dtype)[0]
 
 
-def native_supports(residual: Tensor, branch: Tensor, gain: Tensor, *_: object) -> str | None:
+def native_supports(
+    residual: Tensor, branch: Tensor, post_gain: Tensor | None, gain: Tensor, counts: Sequence[int], eps: float,
+    dtype: torch.dtype,
+) -> str | None:  # fmt: skip
     """Why the C++ kernel cannot take these inputs, or None."""
-    if any(x.device.type != "cpu" for x in (residual, branch, gain)):
-        return "not on the CPU"
-    if residual.stride(1) != 1 or branch.stride(1) != 1 or gain.stride(0) != 1:
-        return "the last dimension is not contiguous"
-    return None
+    gains = (gain,) if post_gain is None else (post_gain, gain)
+    if any(x.dtype != torch.float32 for x in (residual, *gains)):
+        return "residual and gains are not float32"
+    if torch.float64 in (branch.dtype, dtype):
+        return "float64"
+    return refuses(residual, branch, *gains)
 
 
 def native(
-    out: tuple[Tensor, Tensor],
-    residual: Tensor,
-    branch: Tensor,
-    gain: Tensor,
-    counts: Sequence[int],
-    eps: float,
-    dtype: torch.dtype,
-    isa: str = ISAS[0],
-) -> None:
+    out: tuple[Tensor, Tensor], residual: Tensor, branch: Tensor, post_gain: Tensor | None, gain: Tensor,
+    counts: Sequence[int], eps: float, dtype: torch.dtype, isa: str = ISAS[0],
+) -> None:  # fmt: skip
     """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""
     total, normed = out
     L, C = residual.shape
-    second, third = (counts[0], counts[0] + counts[1]) if gain.numel() == 3 * C else (L, L)
+    post_pitch, pitch = (0 if own is None or _experts(own, C) == 1 else C for own in (post_gain, gain))
+    second, third = first_rows(max(post_pitch, pitch) > 0, counts, L)
     _native.add_rms_norm(
         isa,
         residual.data_ptr(),
         branch.data_ptr(),
+        0 if post_gain is None else post_gain.data_ptr(),
         gain.data_ptr(),
         total.data_ptr(),
         normed.data_ptr(),
         residual.stride(0),
         branch.stride(0),
+        post_pitch,
+        pitch,
         L,
         C,
         second,
@@ -95,11 +114,16 @@ def native(
     )
 
 
-def cost(residual: Tensor, branch: Tensor, gain: Tensor, counts: Sequence[int], eps: float, dtype: torch.dtype) -> Cost:
-    """Per value: an addition, a square and its sum, two products; each tensor passes memory once."""
+def cost(
+    residual: Tensor, branch: Tensor, post_gain: Tensor | None, gain: Tensor, counts: Sequence[int], eps: float,
+    dtype: torch.dtype,
+) -> Cost:  # fmt: skip
+    """Per value: an addition; a square and its sum and two products for each norm; each tensor passes memory once."""
     n = residual.numel()
-    moved = n * (residual.itemsize * 2 + branch.itemsize + dtype.itemsize) + gain.numel() * gain.itemsize
-    return Cost(flops=5 * n, bytes=moved)
+    sum_dtype = torch.promote_types(residual.dtype, branch.dtype)
+    moved = n * (residual.itemsize + branch.itemsize + sum_dtype.itemsize + dtype.itemsize)
+    gains = (gain,) if post_gain is None else (post_gain, gain)
+    return Cost(flops=(1 + 4 * len(gains)) * n, bytes=moved + sum(own.numel() * own.itemsize for own in gains))
 
 
 ADD_RMS_NORM = register(

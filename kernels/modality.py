@@ -9,8 +9,13 @@ from torch import Tensor
 def check_counts(counts: Sequence[int], rows: int) -> None:
     """Raises ValueError unless `counts` are three that sum to `rows`; symbolic counts are trusted."""
     concrete = all(type(n) is int for n in (*counts, rows))
-    if len(counts) != 3 or (concrete and sum(counts) != rows):
+    if len(counts) != 3 or (concrete and (sum(counts) != rows or min(counts) < 0)):
         raise ValueError(f"counts: got {list(counts)}, allowed: three that sum to {rows}")
+
+
+def first_rows(per_modality: bool, counts: Sequence[int], rows: int) -> tuple[int, int]:
+    """Where the second and the third modality's rows begin; `rows` both if no gain is per modality."""
+    return (counts[0], counts[0] + counts[1]) if per_modality else (rows, rows)
 
 
 def by_modality(compute: Callable[..., Tensor], experts: int, counts: Sequence[int], x: Tensor, *own: Tensor) -> Tensor:

@@ -29,14 +29,15 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void add_rms_norm(const std::string& isa, uintptr_t residual, uintptr_t branch, uintptr_t gain, uintptr_t sum,
-                  uintptr_t normed, int64_t residual_pitch, int64_t branch_pitch, int64_t rows, int64_t dim,
-                  int64_t second, int64_t third, float eps, bool branch_bf16, bool normed_bf16, int threads) {
+void add_rms_norm(const std::string& isa, uintptr_t residual, uintptr_t branch, uintptr_t post_gain, uintptr_t gain,
+                  uintptr_t sum, uintptr_t normed, int64_t residual_pitch, int64_t branch_pitch,
+                  int64_t post_gain_pitch, int64_t gain_pitch, int64_t rows, int64_t dim, int64_t second,
+                  int64_t third, float eps, bool branch_bf16, bool normed_bf16, int threads) {
   const auto& ops = require(isa);
   nb::gil_scoped_release release;
-  ops.add_rms_norm({at<const float>(residual), at<const void>(branch), at<const float>(gain), at<float>(sum),
-                    at<void>(normed), residual_pitch, branch_pitch, rows, dim, {second, third}, eps, branch_bf16,
-                    normed_bf16, threads});
+  ops.add_rms_norm({at<const float>(residual), at<const void>(branch), at<const float>(post_gain),
+                    at<const float>(gain), at<float>(sum), at<void>(normed), residual_pitch, branch_pitch,
+                    post_gain_pitch, gain_pitch, rows, dim, {second, third}, eps, branch_bf16, normed_bf16, threads});
 }
 
 }  // namespace
@@ -45,7 +46,8 @@ NB_MODULE(_native, m) {
   m.doc() = "Native CPU kernels of horsepower, in the widest instruction set that the CPU has.";
   m.def("isas", &isas, "Instruction sets that this CPU runs, best first.");
   using namespace nb::literals;
-  m.def("add_rms_norm", &add_rms_norm, "isa"_a, "residual"_a, "branch"_a, "gain"_a, "sum"_a, "normed"_a,
-        "residual_pitch"_a, "branch_pitch"_a, "rows"_a, "dim"_a, "second"_a, "third"_a, "eps"_a, "branch_bf16"_a,
-        "normed_bf16"_a, "threads"_a, "See horsepower.kernels.add_rms_norm. Addresses; pitches in elements.");
+  m.def("add_rms_norm", &add_rms_norm, "isa"_a, "residual"_a, "branch"_a, "post_gain"_a, "gain"_a, "sum"_a,
+        "normed"_a, "residual_pitch"_a, "branch_pitch"_a, "post_gain_pitch"_a, "gain_pitch"_a, "rows"_a, "dim"_a,
+        "second"_a, "third"_a, "eps"_a, "branch_bf16"_a, "normed_bf16"_a, "threads"_a,
+        "See horsepower.kernels.add_rms_norm. Addresses; pitches in elements.");
 }

@@ -8,12 +8,14 @@ namespace horsepower {
 struct AddRmsNorm {
   const float* residual;     // [rows, dim], rows residual_pitch apart
   const void* branch;        // [rows, dim], rows branch_pitch apart; bf16 or float
-  const float* gain;         // [experts, dim], stored around zero
+  const float* post_gain;    // [dim] or [3, dim]; null: the branch is not normalised
+  const float* gain;         // [dim] or [3, dim]
   float* sum;                // [rows, dim]
   void* normed;              // [rows, dim]; bf16 or float
   int64_t residual_pitch, branch_pitch;
+  int64_t post_gain_pitch, gain_pitch;  // dim, or 0 when one gain serves all rows
   int64_t rows, dim;
-  int64_t first_rows[2];     // where the second and the third expert's rows begin; `rows` when there is one expert
+  int64_t first_rows[2];     // where the second and the third modality's rows begin; `rows` when all share their gains
   float eps;
   bool branch_bf16, normed_bf16;
   int threads;

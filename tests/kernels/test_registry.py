@@ -22,4 +22,4 @@ def test_an_unknown_instruction_set_is_refused():
     from horsepower import _native
 
     with pytest.raises(ValueError, match="isa: got 'mmx'"):
-        _native.add_rms_norm("mmx", *([0] * 5), 0, 0, 0, 1, 0, 0, 1e-6, False, False, 1)
+        _native.add_rms_norm("mmx", *([0] * 10), 0, 1, 0, 0, 1e-6, False, False, 1)
