@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from horsepower.bench.measure import warm_allocator
+from horsepower.kernels.activation import ACTIVATION, KINDS
 from horsepower.kernels.add_rms_norm import ADD_RMS_NORM
 from horsepower.kernels.native_library import ISAS
 from horsepower.kernels.registry import Op
@@ -35,3 +36,10 @@ def test_add_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int], post_
     residual, gain = normal(*shape), normal(shape[1])
     arguments = (residual, residual.bfloat16(), gain if post_norm else None, gain, [], 1e-6, torch.bfloat16)
     compare(benchmark, ADD_RMS_NORM, kernel, f"{shape} {post_norm=}", *arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+def test_activation(benchmark: Any, kernel: str, kind: str) -> None:
+    u = normal(1520, 1360).bfloat16()
+    compare(benchmark, ACTIVATION, kernel, f"{tuple(u.shape)} {kind}", u, kind, torch.bfloat16)

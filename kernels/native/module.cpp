@@ -40,6 +40,13 @@ void add_rms_norm(const std::string& isa, uintptr_t residual, uintptr_t branch, 
                     post_gain_pitch, gain_pitch, rows, dim, {second, third}, eps, branch_bf16, normed_bf16, threads});
 }
 
+void activation(const std::string& isa, uintptr_t u, uintptr_t out, int64_t pitch, int64_t rows, int64_t dim,
+                bool gated, bool u_bf16, bool out_bf16, int threads) {
+  const auto& ops = require(isa);
+  nb::gil_scoped_release release;
+  ops.activation({at<const void>(u), at<void>(out), pitch, rows, dim, gated, u_bf16, out_bf16, threads});
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -50,4 +57,6 @@ NB_MODULE(_native, m) {
         "normed"_a, "residual_pitch"_a, "branch_pitch"_a, "post_gain_pitch"_a, "gain_pitch"_a, "rows"_a, "dim"_a,
         "second"_a, "third"_a, "eps"_a, "branch_bf16"_a, "normed_bf16"_a, "threads"_a,
         "See horsepower.kernels.add_rms_norm. Addresses; pitches in elements.");
+  m.def("activation", &activation, "isa"_a, "u"_a, "out"_a, "pitch"_a, "rows"_a, "dim"_a, "gated"_a, "u_bf16"_a,
+        "out_bf16"_a, "threads"_a, "See horsepower.kernels.activation. Addresses; pitches in elements.");
 }

@@ -21,8 +21,18 @@ struct AddRmsNorm {
   int threads;
 };
 
+struct Activation {
+  const void* u;  // [rows, dim], or [rows, 2 dim] when gated, rows pitch apart; bf16 or float
+  void* out;      // [rows, dim]; bf16 or float
+  int64_t pitch, rows, dim;
+  bool gated;     // swiglu7 of interleaved pairs, else gelu7
+  bool u_bf16, out_bf16;
+  int threads;
+};
+
 struct Ops {
   void (*add_rms_norm)(const AddRmsNorm&);
+  void (*activation)(const Activation&);
 };
 
 const Ops& portable_ops();

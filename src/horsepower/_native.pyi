@@ -25,3 +25,17 @@ def add_rms_norm(
     threads: int,
 ) -> None:
     """See horsepower.kernels.add_rms_norm. Addresses; pitches in elements."""
+
+def activation(
+    isa: str,
+    u: int,
+    out: int,
+    pitch: int,
+    rows: int,
+    dim: int,
+    gated: bool,
+    u_bf16: bool,
+    out_bf16: bool,
+    threads: int,
+) -> None:
+    """See horsepower.kernels.activation. Addresses; pitches in elements."""
