@@ -9,6 +9,7 @@ from horsepower.bench.measure import warm_allocator
 from horsepower.kernels.activation import ACTIVATION, KINDS
 from horsepower.kernels.add_rms_norm import ADD_RMS_NORM
 from horsepower.kernels.native_library import ISAS
+from horsepower.kernels.qk_norm_rope import QK_NORM_ROPE
 from horsepower.kernels.registry import Op
 
 pytestmark = pytest.mark.benchmark
@@ -43,3 +44,12 @@ def test_add_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int], post_
 def test_activation(benchmark: Any, kernel: str, kind: str) -> None:
     u = normal(1520, 1360).bfloat16()
     compare(benchmark, ACTIVATION, kernel, f"{tuple(u.shape)} {kind}", u, kind, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("rows", "heads_q", "heads_kv", "dim"), [(1520, 4, 2, 64), (400, 40, 8, 128)])
+@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+def test_qk_norm_rope(benchmark: Any, kernel: str, rows: int, heads_q: int, heads_kv: int, dim: int) -> None:
+    qkv = normal(rows, (heads_q + 2 * heads_kv) * dim + heads_q).bfloat16()  # with the values and the gate
+    gain, rope = normal(dim), normal(rows, dim * 3 // 4)
+    case = f"{rows} rows {heads_q} + {heads_kv} heads of {dim}"
+    compare(benchmark, QK_NORM_ROPE, kernel, case, qkv, gain, gain, rope, 1, [], heads_q, heads_kv, 1e-6)

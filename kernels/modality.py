@@ -13,6 +13,14 @@ def check_counts(counts: Sequence[int], rows: int) -> None:
         raise ValueError(f"counts: got {list(counts)}, allowed: three that sum to {rows}")
 
 
+def check_experts(experts: int, counts: Sequence[int], rows: int) -> None:
+    """Raises ValueError unless there is one expert, or three with `counts` that fit."""
+    if experts not in (1, 3):
+        raise ValueError(f"experts: got {experts}, allowed: 1, 3")
+    if experts == 3:
+        check_counts(counts, rows)
+
+
 def first_rows(per_modality: bool, counts: Sequence[int], rows: int) -> tuple[int, int]:
     """Where the second and the third modality's rows begin; `rows` both if no gain is per modality."""
     return (counts[0], counts[0] + counts[1]) if per_modality else (rows, rows)

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from horsepower.kernels.modality import check_counts
-from horsepower.kernels.registry import Cost, Op, register
+from horsepower import _native
+from horsepower.kernels.modality import check_experts, first_rows
+from horsepower.kernels.native_library import ISAS, refuses, threads
+from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.rms_norm import reference as rms_norm
 from horsepower.kernels.rope import check_rope, rotate
 
@@ -24,15 +26,16 @@ def outputs(
 
     Gains [experts * D]; rope [L, 2 h], sines then cosines. Raises ValueError for inputs that do not belong together.
     """
-    D = q_gain.shape[0] // experts
+    if qkv.ndim != 2:
+        raise ValueError(f"qkv: got {list(qkv.shape)}, allowed: [L, columns]")
+    L = qkv.shape[0]
+    check_experts(experts, counts, L)
     if q_gain.shape != k_gain.shape or q_gain.ndim != 1 or q_gain.shape[0] % experts:
         raise ValueError(f"q_gain, k_gain: got {list(q_gain.shape)}, {list(k_gain.shape)}, allowed: [{experts} D] both")
-    if qkv.ndim != 2 or qkv.shape[1] < (heads_q + heads_kv) * D:
+    D = q_gain.shape[0] // experts
+    if qkv.shape[1] < (heads_q + heads_kv) * D:
         raise ValueError(f"qkv: got {list(qkv.shape)}, allowed: [L, at least {(heads_q + heads_kv) * D}]")
-    check_rope(rope, D)
-    if experts != 1:
-        check_counts(counts, qkv.shape[0])
-    L = qkv.shape[0]
+    check_rope(rope, L, D)
     return qkv.new_empty((L, heads_q, D)), qkv.new_empty((L, heads_kv, D))
 
 
@@ -52,6 +55,50 @@ def reference(
     return turned(q, q_gain), turned(k, k_gain)
 
 
+def native_supports(
+    qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
+    heads_kv: int, eps: float,
+) -> str | None:  # fmt: skip
+    """Why the C++ kernel cannot take these inputs, or None."""
+    if qkv.dtype not in (torch.float32, torch.bfloat16):
+        return "qkv is neither float32 nor bfloat16"
+    if any(x.dtype != torch.float32 for x in (q_gain, k_gain, rope)):
+        return "gains and rope are not float32"
+    return refuses(qkv, q_gain, k_gain, rope)
+
+
+def native(
+    out: tuple[Tensor, ...], qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int,
+    counts: Sequence[int], heads_q: int, heads_kv: int, eps: float, isa: str = ISAS[0],
+) -> None:  # fmt: skip
+    """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""
+    q, k = out
+    L, D = qkv.shape[0], q.shape[2]
+    second, third = first_rows(experts == 3, counts, L)
+    _native.qk_norm_rope(
+        isa,
+        qkv.data_ptr(),
+        q_gain.data_ptr(),
+        k_gain.data_ptr(),
+        rope.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        qkv.stride(0),
+        rope.stride(0),
+        D if experts == 3 else 0,
+        L,
+        heads_q,
+        heads_kv,
+        D,
+        rope.shape[1] // 2,
+        second,
+        third,
+        eps,
+        qkv.dtype == torch.bfloat16,
+        threads(),
+    )
+
+
 def cost(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
     heads_kv: int, eps: float,
@@ -63,4 +110,6 @@ def cost(
     return Cost(4 * n + 3 * heads * rope.numel(), 2 * n * qkv.itemsize + rope.numel() * rope.itemsize + gains)
 
 
-QK_NORM_ROPE = register(Op("qk_norm_rope", SCHEMA, outputs, reference, cost, kernels=()))
+QK_NORM_ROPE = register(
+    Op("qk_norm_rope", SCHEMA, outputs, reference, cost, kernels=(Kernel("native", native_supports, native),))
+)

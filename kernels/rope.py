@@ -1,12 +1,13 @@
 """Rotary position embedding of half-split pairs: the first 2 h dimensions of each head turn, the others stay.
 
-    (a, b) -> (a cos - b sin, b cos + a sin)   with a = x[..., :h], b = x[..., h : 2 h]
+(a, b) -> (a cos - b sin, b cos + a sin)   with a = x[..., :h], b = x[..., h : 2 h]
 """
 
 import torch
 from torch import Tensor
 
 from horsepower.kernels.registry import Cost, Op, register
+from horsepower.kernels.sizes import differ
 
 SCHEMA = "(Tensor x, Tensor rope, ScalarType dtype) -> Tensor"
 
@@ -16,14 +17,14 @@ def outputs(x: Tensor, rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
     Raises ValueError for inputs that do not belong together.
     """
-    check_rope(rope, x.shape[2])
+    check_rope(rope, x.shape[0], x.shape[2])
     return (x.new_empty(x.shape, dtype=dtype),)
 
 
-def check_rope(rope: Tensor, head_dim: int) -> None:
-    """Raises ValueError unless rope is [L, 2 h] with 2 h <= head_dim."""
-    if rope.ndim != 2 or rope.shape[1] % 2 or rope.shape[1] > head_dim:
-        raise ValueError(f"rope: got {list(rope.shape)}, allowed: [L, an even number up to {head_dim}]")
+def check_rope(rope: Tensor, rows: int, head_dim: int) -> None:
+    """Raises ValueError unless rope is [rows, 2 h] with 2 h <= head_dim."""
+    if rope.ndim != 2 or differ(rope.shape[:1], (rows,)) or rope.shape[1] % 2 or rope.shape[1] > head_dim:
+        raise ValueError(f"rope: got {list(rope.shape)}, allowed: [{rows}, an even number up to {head_dim}]")
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ inline void narrow(float x, uint16_t* out) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *out = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  *out = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
 // Calls f with a value of each tensor's storage type.

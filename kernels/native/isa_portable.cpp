@@ -1,10 +1,11 @@
 #include "activation.inl"
 #include "add_rms_norm.inl"
+#include "qk_norm_rope.inl"
 
 namespace horsepower {
 
 const Ops& portable_ops() {
-  static constexpr Ops ops{add_rms_norm, activation};
+  static constexpr Ops ops{add_rms_norm, activation, qk_norm_rope};
   return ops;
 }
 

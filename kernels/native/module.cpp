@@ -47,6 +47,17 @@ void activation(const std::string& isa, uintptr_t u, uintptr_t out, int64_t pitc
   ops.activation({at<const void>(u), at<void>(out), pitch, rows, dim, gated, u_bf16, out_bf16, threads});
 }
 
+void qk_norm_rope(const std::string& isa, uintptr_t qkv, uintptr_t q_gain, uintptr_t k_gain, uintptr_t rope,
+                  uintptr_t q, uintptr_t k, int64_t qkv_pitch, int64_t rope_pitch, int64_t gain_pitch, int64_t rows,
+                  int64_t heads_q, int64_t heads_kv, int64_t dim, int64_t half, int64_t second, int64_t third,
+                  float eps, bool bf16, int threads) {
+  const auto& ops = require(isa);
+  nb::gil_scoped_release release;
+  ops.qk_norm_rope({at<const void>(qkv), at<const float>(q_gain), at<const float>(k_gain), at<const float>(rope),
+                    at<void>(q), at<void>(k), qkv_pitch, rope_pitch, gain_pitch, rows, heads_q, heads_kv, dim, half,
+                    {second, third}, eps, bf16, threads});
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -59,4 +70,8 @@ NB_MODULE(_native, m) {
         "See horsepower.kernels.add_rms_norm. Addresses; pitches in elements.");
   m.def("activation", &activation, "isa"_a, "u"_a, "out"_a, "pitch"_a, "rows"_a, "dim"_a, "gated"_a, "u_bf16"_a,
         "out_bf16"_a, "threads"_a, "See horsepower.kernels.activation. Addresses; pitches in elements.");
+  m.def("qk_norm_rope", &qk_norm_rope, "isa"_a, "qkv"_a, "q_gain"_a, "k_gain"_a, "rope"_a, "q"_a, "k"_a,
+        "qkv_pitch"_a, "rope_pitch"_a, "gain_pitch"_a, "rows"_a, "heads_q"_a, "heads_kv"_a, "dim"_a, "half"_a,
+        "second"_a, "third"_a, "eps"_a, "bf16"_a, "threads"_a,
+        "See horsepower.kernels.qk_norm_rope. Addresses; pitches in elements.");
 }

@@ -30,9 +30,24 @@ struct Activation {
   int threads;
 };
 
+struct QkNormRope {
+  const void* qkv;             // [rows, (heads_q + heads_kv) * dim and more], rows qkv_pitch apart; bf16 or float
+  const float *q_gain, *k_gain;  // [dim] or [3, dim]
+  const float* rope;           // [rows, 2 half], rows rope_pitch apart: sines, then cosines
+  void *q, *k;                 // [rows, heads_q, dim] and [rows, heads_kv, dim], in qkv's type
+  int64_t qkv_pitch, rope_pitch;
+  int64_t gain_pitch;          // dim, or 0 when one gain serves all rows
+  int64_t rows, heads_q, heads_kv, dim, half;
+  int64_t first_rows[2];       // as above
+  float eps;
+  bool bf16;
+  int threads;
+};
+
 struct Ops {
   void (*add_rms_norm)(const AddRmsNorm&);
   void (*activation)(const Activation&);
+  void (*qk_norm_rope)(const QkNormRope&);
 };
 
 const Ops& portable_ops();

@@ -39,3 +39,27 @@ def activation(
     threads: int,
 ) -> None:
     """See horsepower.kernels.activation. Addresses; pitches in elements."""
+
+def qk_norm_rope(
+    isa: str,
+    qkv: int,
+    q_gain: int,
+    k_gain: int,
+    rope: int,
+    q: int,
+    k: int,
+    qkv_pitch: int,
+    rope_pitch: int,
+    gain_pitch: int,
+    rows: int,
+    heads_q: int,
+    heads_kv: int,
+    dim: int,
+    half: int,
+    second: int,
+    third: int,
+    eps: float,
+    bf16: bool,
+    threads: int,
+) -> None:
+    """See horsepower.kernels.qk_norm_rope. Addresses; pitches in elements."""
