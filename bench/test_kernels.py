@@ -11,6 +11,7 @@ from horsepower.kernels.add_rms_norm import ADD_RMS_NORM
 from horsepower.kernels.native_library import ISAS
 from horsepower.kernels.qk_norm_rope import QK_NORM_ROPE
 from horsepower.kernels.registry import Op
+from horsepower.kernels.rms_norm import RMS_NORM
 
 pytestmark = pytest.mark.benchmark
 SHAPES = [(1520, 256), (400, 5120)]  # below 32 MiB a tensor, so that eager reuses memory too
@@ -53,3 +54,10 @@ def test_qk_norm_rope(benchmark: Any, kernel: str, rows: int, heads_q: int, head
     gain, rope = normal(dim), normal(rows, dim * 3 // 4)
     case = f"{rows} rows {heads_q} + {heads_kv} heads of {dim}"
     compare(benchmark, QK_NORM_ROPE, kernel, case, qkv, gain, gain, rope, 1, [], heads_q, heads_kv, 1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+def test_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int]) -> None:
+    x, gain = normal(*shape), normal(shape[1])
+    compare(benchmark, RMS_NORM, kernel, str(shape), x, gain, 1, [], 1e-6, torch.bfloat16)

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from horsepower.kernels.modality import by_modality, check_counts
-from horsepower.kernels.registry import Cost, Op, register
+from horsepower import _native
+from horsepower.kernels.modality import by_modality, check_experts, first_rows
+from horsepower.kernels.native_library import ISAS, refuses, threads
+from horsepower.kernels.registry import Cost, Kernel, Op, register
+from horsepower.kernels.sizes import differ
 
 SCHEMA = "(Tensor x, Tensor gain, int experts, SymInt[] counts, float eps, ScalarType dtype) -> Tensor"
 
@@ -16,10 +19,9 @@ def outputs(
     x: Tensor, gain: Tensor, experts: int, counts: Sequence[int], eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """x [L, ..., C] -> the same shape in `dtype`. Raises ValueError for inputs that do not belong together."""
-    if gain.ndim != 1 or gain.shape[0] != experts * x.shape[-1]:
+    check_experts(experts, counts, x.shape[0])
+    if differ(gain.shape, (experts * x.shape[-1],)):
         raise ValueError(f"gain: got {list(gain.shape)}, allowed: [{experts} * {x.shape[-1]}]")
-    if experts != 1:
-        check_counts(counts, x.shape[0])
     return (x.new_empty(x.shape, dtype=dtype),)
 
 
@@ -35,10 +37,48 @@ def reference(
     return (by_modality(norm, experts, counts, wide, gain).to(dtype),)
 
 
+def native_supports(
+    x: Tensor, gain: Tensor, experts: int, counts: Sequence[int], eps: float, dtype: torch.dtype
+) -> str | None:
+    """Why the C++ kernel cannot take these inputs, or None."""
+    if x.ndim != 2:
+        return f"x has {x.ndim} dimensions"
+    if any(kind not in (torch.float32, torch.bfloat16) for kind in (x.dtype, dtype)):
+        return "neither float32 nor bfloat16"
+    return "gain is not float32" if gain.dtype != torch.float32 else refuses(x, gain)
+
+
+def native(
+    out: tuple[Tensor, ...], x: Tensor, gain: Tensor, experts: int, counts: Sequence[int], eps: float,
+    dtype: torch.dtype, isa: str = ISAS[0],
+) -> None:  # fmt: skip
+    """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""
+    L, C = x.shape
+    second, third = first_rows(experts == 3, counts, L)
+    _native.rms_norm(
+        isa,
+        x.data_ptr(),
+        gain.data_ptr(),
+        out[0].data_ptr(),
+        x.stride(0),
+        C if experts == 3 else 0,
+        L,
+        C,
+        second,
+        third,
+        eps,
+        x.dtype == torch.bfloat16,
+        dtype == torch.bfloat16,
+        threads(),
+    )
+
+
 def cost(x: Tensor, gain: Tensor, experts: int, counts: Sequence[int], eps: float, dtype: torch.dtype) -> Cost:
     """Per value: a square and its sum, two products; each tensor passes memory once."""
     n = x.numel()
     return Cost(flops=4 * n, bytes=n * (x.itemsize + dtype.itemsize) + gain.numel() * gain.itemsize)
 
 
-RMS_NORM = register(Op("rms_norm", SCHEMA, outputs, reference, cost, kernels=()))
+RMS_NORM = register(
+    Op("rms_norm", SCHEMA, outputs, reference, cost, kernels=(Kernel("native", native_supports, native),))
+)

@@ -58,6 +58,15 @@ void qk_norm_rope(const std::string& isa, uintptr_t qkv, uintptr_t q_gain, uintp
                     {second, third}, eps, bf16, threads});
 }
 
+void rms_norm(const std::string& isa, uintptr_t x, uintptr_t gain, uintptr_t out, int64_t pitch, int64_t gain_pitch,
+              int64_t rows, int64_t dim, int64_t second, int64_t third, float eps, bool x_bf16, bool out_bf16,
+              int threads) {
+  const auto& ops = require(isa);
+  nb::gil_scoped_release release;
+  ops.rms_norm({at<const void>(x), at<const float>(gain), at<void>(out), pitch, gain_pitch, rows, dim,
+                {second, third}, eps, x_bf16, out_bf16, threads});
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -74,4 +83,7 @@ NB_MODULE(_native, m) {
         "qkv_pitch"_a, "rope_pitch"_a, "gain_pitch"_a, "rows"_a, "heads_q"_a, "heads_kv"_a, "dim"_a, "half"_a,
         "second"_a, "third"_a, "eps"_a, "bf16"_a, "threads"_a,
         "See horsepower.kernels.qk_norm_rope. Addresses; pitches in elements.");
+  m.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "gain"_a, "out"_a, "pitch"_a, "gain_pitch"_a, "rows"_a, "dim"_a,
+        "second"_a, "third"_a, "eps"_a, "x_bf16"_a, "out_bf16"_a, "threads"_a,
+        "See horsepower.kernels.rms_norm. Addresses; pitches in elements.");
 }

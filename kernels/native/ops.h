@@ -44,10 +44,22 @@ struct QkNormRope {
   int threads;
 };
 
+struct RmsNorm {
+  const void* x;          // [rows, dim], rows pitch apart; bf16 or float
+  const float* gain;      // [dim] or [3, dim]
+  void* out;              // [rows, dim]; bf16 or float
+  int64_t pitch, gain_pitch, rows, dim;
+  int64_t first_rows[2];  // as above
+  float eps;
+  bool x_bf16, out_bf16;
+  int threads;
+};
+
 struct Ops {
   void (*add_rms_norm)(const AddRmsNorm&);
   void (*activation)(const Activation&);
   void (*qk_norm_rope)(const QkNormRope&);
+  void (*rms_norm)(const RmsNorm&);
 };
 
 const Ops& portable_ops();

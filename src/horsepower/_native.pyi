@@ -63,3 +63,21 @@ def qk_norm_rope(
     threads: int,
 ) -> None:
     """See horsepower.kernels.qk_norm_rope. Addresses; pitches in elements."""
+
+def rms_norm(
+    isa: str,
+    x: int,
+    gain: int,
+    out: int,
+    pitch: int,
+    gain_pitch: int,
+    rows: int,
+    dim: int,
+    second: int,
+    third: int,
+    eps: float,
+    x_bf16: bool,
+    out_bf16: bool,
+    threads: int,
+) -> None:
+    """See horsepower.kernels.rms_norm. Addresses; pitches in elements."""
