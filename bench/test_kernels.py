@@ -8,10 +8,19 @@ import torch
 from horsepower.bench.measure import warm_allocator
 from horsepower.kernels.activation import ACTIVATION, KINDS
 from horsepower.kernels.add_rms_norm import ADD_RMS_NORM
+from horsepower.kernels.attention import ATTENTION
 from horsepower.kernels.native_library import ISAS
 from horsepower.kernels.qk_norm_rope import QK_NORM_ROPE
 from horsepower.kernels.registry import Op
 from horsepower.kernels.rms_norm import RMS_NORM
+
+# L, Hq, Hkv, D, frames, video, window
+ATTENTION_SHAPES = [
+    (512, 4, 2, 64, 1, 0, -1),
+    (1520, 4, 2, 64, 1, 0, -1),
+    (2048, 4, 2, 128, 1, 0, -1),
+    (2048, 4, 2, 64, 31, 1860, 11),
+]
 
 pytestmark = pytest.mark.benchmark
 SHAPES = [(1520, 256), (400, 5120)]  # below 32 MiB a tensor, so that eager reuses memory too
@@ -24,7 +33,9 @@ def compare(benchmark: Any, op: Op, kernel: str, case: str, *arguments: Any) -> 
     if kernel == "eager":
         benchmark(op.reference, *arguments)
     else:
-        benchmark(op.kernels[0].run, op.outputs(*arguments), *arguments, kernel)
+        native = op.kernels[0]
+        scratch = torch.empty(native.workspace(*arguments, isa=kernel), dtype=torch.uint8) if native.workspace else None
+        benchmark(native.run, op.outputs(*arguments), scratch, *arguments, kernel)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -36,7 +47,7 @@ def normal(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("kernel", ["eager", *ISAS])
 def test_add_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int], post_norm: bool) -> None:
     residual, gain = normal(*shape), normal(shape[1])
-    arguments = (residual, residual.bfloat16(), gain if post_norm else None, gain, [], 1e-6, torch.bfloat16)
+    arguments: Any = (residual, residual.bfloat16(), gain if post_norm else None, gain, [], 1e-6, torch.bfloat16)
     compare(benchmark, ADD_RMS_NORM, kernel, f"{shape} {post_norm=}", *arguments)
 
 
@@ -61,3 +72,11 @@ def test_qk_norm_rope(benchmark: Any, kernel: str, rows: int, heads_q: int, head
 def test_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int]) -> None:
     x, gain = normal(*shape), normal(shape[1])
     compare(benchmark, RMS_NORM, kernel, str(shape), x, gain, 1, [], 1e-6, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+def test_attention(benchmark: Any, kernel: str, shape: tuple[int, ...]) -> None:
+    L, Hq, Hkv, D, frames, video, window = shape
+    q, k, v = (normal(L, heads, D).bfloat16() for heads in (Hq, Hkv, Hkv))
+    compare(benchmark, ATTENTION, kernel, str(shape), q, k, v, normal(L, Hq), 1, [], frames, video, window)

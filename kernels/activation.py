@@ -43,7 +43,9 @@ def native_supports(u: Tensor, kind: str, dtype: torch.dtype) -> str | None:
     return refuses(u)
 
 
-def native(out: tuple[Tensor, ...], u: Tensor, kind: str, dtype: torch.dtype, isa: str = ISAS[0]) -> None:
+def native(
+    out: tuple[Tensor, ...], _workspace: None, u: Tensor, kind: str, dtype: torch.dtype, isa: str = ISAS[0]
+) -> None:
     """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""
     rows, dim = out[0].shape
     _native.activation(

@@ -83,8 +83,8 @@ def native_supports(
 
 
 def native(
-    out: tuple[Tensor, Tensor], residual: Tensor, branch: Tensor, post_gain: Tensor | None, gain: Tensor,
-    counts: Sequence[int], eps: float, dtype: torch.dtype, isa: str = ISAS[0],
+    out: tuple[Tensor, Tensor], _workspace: None, residual: Tensor, branch: Tensor, post_gain: Tensor | None,
+    gain: Tensor, counts: Sequence[int], eps: float, dtype: torch.dtype, isa: str = ISAS[0],
 ) -> None:  # fmt: skip
     """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""
     total, normed = out

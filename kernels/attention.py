@@ -2,8 +2,8 @@
 
     out = softmax(q k^T / sqrt(D)) v * sigmoid(gate)
 
-Rows are video (frame-major), audio, text. With a window, a video row sees the frames within `window` of its own, and all
-audio and text; audio and text rows see everything. Query head j reads kv head j // (Hq / Hkv).
+Rows are video (frame-major), audio, text. With a window, a video row sees the frames within `window` of its own, and
+all audio and text; audio and text rows see everything. Query head j reads kv head j // (Hq / Hkv).
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from horsepower import _native
 from horsepower.kernels.modality import check_counts
-from horsepower.kernels.registry import Cost, Op, register
+from horsepower.kernels.native_library import ISAS, threads
+from horsepower.kernels.registry import Cost, Kernel, Op, register
 
 SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? gate, int experts, SymInt[] counts, SymInt frames, SymInt video, int window)"
-    " -> Tensor"
+    "(Tensor q, Tensor k, Tensor v, Tensor? gate, int experts, SymInt[] counts, SymInt frames, SymInt video,"
+    " int window) -> Tensor"
 )
 
 
@@ -31,15 +33,19 @@ def outputs(
     window: latent frames on either side, or -1 for all; the first `video` rows are `frames` frames of equal size.
     Raises ValueError for inputs that do not belong together.
     """
-    Hq, Hkv = q.shape[1], k.shape[1]
-    if k.shape != v.shape or not q.dtype == k.dtype == v.dtype or q.shape[2] != k.shape[2] or Hq % Hkv:
-        raise ValueError(f"q, k, v: got {[list(x.shape) for x in (q, k, v)]}, allowed: heads of one size and dtype")
-    if gate is not None and gate.ndim == 1 and gate.shape[0] != experts * Hq:
-        raise ValueError(f"gate: got {list(gate.shape)}, allowed: [L, {Hq}] or [{experts * Hq}]")
+    if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or k.shape[1] < 1:
+        raise ValueError(f"q, k, v: got {[list(x.shape) for x in (q, k, v)]}, allowed: [L, Hq, D], 2 x [L, Hkv, D]")
+    if not q.dtype == k.dtype == v.dtype or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q, k, v: got {q.shape[1]}, {k.shape[1]} heads, allowed: Hkv that divides Hq; one dtype")
+    L, Hq = q.shape[:2]
+    if gate is not None and gate.shape not in ((L, Hq), (experts * Hq,)):
+        raise ValueError(f"gate: got {list(gate.shape)}, allowed: [{L}, {Hq}] or [{experts * Hq}]")
     if gate is not None and gate.ndim == 1 and experts != 1:
-        check_counts(counts, q.shape[0])
+        check_counts(counts, L)
     if window >= 0 and type(frames) is type(video) is int and (frames < 1 or video % frames):
         raise ValueError(f"frames: got {frames} for {video} video tokens, allowed: a divisor of them")
+    if window >= 0 and type(L) is type(video) is int and not 0 <= video <= L:
+        raise ValueError(f"video: got {video}, allowed: 0 to {L}")
     return (q.new_empty(q.shape),)
 
 
@@ -71,8 +77,8 @@ def reference(
     for queries, keys in key_ranges(frames, video, window, q.shape[0]):
         if queries.stop > queries.start:
             seen = (torch.cat([x[part] for part in keys]) if len(keys) > 1 else x[keys[0]] for x in (k, v))
-            heads = (x.transpose(0, 1)[None] for x in (q[queries], *seen))
-            out[queries] = F.scaled_dot_product_attention(*heads, enable_gqa=True)[0].transpose(0, 1)
+            query, key, value = (x.transpose(0, 1)[None] for x in (q[queries], *seen))
+            out[queries] = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)[0].transpose(0, 1)
     if gate is None:
         return (out,)
     factor = torch.sigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32)))
@@ -81,6 +87,66 @@ def reference(
         factor = torch.cat([row.expand(count, -1) for row, count in rows])
     wide = torch.promote_types(q.dtype, torch.float32)
     return ((out.to(wide) * factor[..., None]).to(q.dtype),)
+
+
+def native_supports(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: object) -> str | None:
+    """Why the C++ kernel cannot take these inputs, or None."""
+    given = (q, k, v) if gate is None else (q, k, v, gate)
+    if any(x.device.type != "cpu" for x in given):
+        return "not on the CPU"
+    if any(x.dtype not in (torch.float32, torch.bfloat16) for x in given):
+        return "neither float32 nor bfloat16"
+    if any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in given):
+        return "the last dimension is not contiguous"
+    return None
+
+
+def native_workspace(q: Tensor, k: Tensor, *_: object, isa: str = ISAS[0]) -> int:
+    """Bytes for packed keys and values, and for what each thread works on."""
+    (L, Hq, D), Hkv = q.shape, k.shape[1]
+    return _native.attention_workspace(isa, L, Hq, Hkv, D, q.dtype == torch.bfloat16, threads())
+
+
+def native(
+    out: tuple[Tensor], workspace: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int,
+    counts: Sequence[int], frames: int, video: int, window: int, isa: str = ISAS[0],
+) -> None:  # fmt: skip
+    """C++ in the widest instruction set of this CPU; q, k, v may have any strides of rows and heads.
+
+    Where the CPU multiplies bfloat16, the weights of the values are rounded to it; softmax is in float32.
+    """
+    L, Hq, D = q.shape
+    own = gate is not None and gate.ndim == 1 and experts != 1  # a gate for each modality
+    ranges: list[int] = []
+    for rows, keys in key_ranges(frames, video, window, L):
+        for part in (rows, *keys, slice(0, 0))[:3]:
+            ranges += (part.start, part.stop)
+    _native.attention(
+        isa,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        0 if gate is None else gate.data_ptr(),
+        out[0].data_ptr(),
+        workspace.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        gate.stride(0) if gate is not None and gate.ndim == 2 else 0,
+        counts[0] if own else L,
+        counts[0] + counts[1] if own else L,
+        ranges,
+        L,
+        Hq,
+        k.shape[1],
+        D,
+        q.dtype == torch.bfloat16,
+        gate is not None and gate.dtype == torch.bfloat16,
+        threads(),
+    )
 
 
 def cost(
@@ -96,4 +162,13 @@ def cost(
     return Cost(4 * pairs * q.shape[1] * q.shape[2], moved + (gate.numel() * gate.itemsize if gate is not None else 0))
 
 
-ATTENTION = register(Op("attention", SCHEMA, outputs, reference, cost, kernels=()))
+ATTENTION = register(
+    Op(
+        "attention",
+        SCHEMA,
+        outputs,
+        reference,
+        cost,
+        kernels=(Kernel("native", native_supports, native, native_workspace),),
+    )
+)

@@ -36,7 +36,9 @@ def library_supports(x: Tensor, *_: object) -> str | None:
     return None if x.ndim == 2 else f"x has {x.ndim} dimensions"
 
 
-def library(out: tuple[Tensor, ...], x: Tensor, weight: Tensor, experts: int, counts: Sequence[int]) -> None:
+def library(
+    out: tuple[Tensor, ...], _workspace: None, x: Tensor, weight: Tensor, experts: int, counts: Sequence[int]
+) -> None:
     """torch's matrix product (oneDNN, cuBLAS) into the output's rows."""
     if experts == 1:
         torch.mm(x, weight.t(), out=out[0])
@@ -55,4 +57,6 @@ def cost(x: Tensor, weight: Tensor, experts: int, counts: Sequence[int]) -> Cost
     return Cost(flops=2 * x.numel() * width, bytes=moved * x.itemsize)
 
 
-LINEAR = register(Op("linear", SCHEMA, outputs, reference, cost, kernels=(Kernel("library", library_supports, library),)))
+LINEAR = register(
+    Op("linear", SCHEMA, outputs, reference, cost, kernels=(Kernel("library", library_supports, library),))
+)

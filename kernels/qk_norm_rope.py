@@ -68,7 +68,7 @@ def native_supports(
 
 
 def native(
-    out: tuple[Tensor, ...], qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int,
+    out: tuple[Tensor, ...], _workspace: None, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int,
     counts: Sequence[int], heads_q: int, heads_kv: int, eps: float, isa: str = ISAS[0],
 ) -> None:  # fmt: skip
     """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""

@@ -49,7 +49,7 @@ def native_supports(
 
 
 def native(
-    out: tuple[Tensor, ...], x: Tensor, gain: Tensor, experts: int, counts: Sequence[int], eps: float,
+    out: tuple[Tensor, ...], _workspace: None, x: Tensor, gain: Tensor, experts: int, counts: Sequence[int], eps: float,
     dtype: torch.dtype, isa: str = ISAS[0],
 ) -> None:  # fmt: skip
     """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""

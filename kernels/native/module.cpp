@@ -14,7 +14,7 @@ namespace nb = nanobind;
 namespace {
 
 std::vector<std::string> isas() {
-  const char* names[3];
+  const char* names[horsepower::MAX_ISAS];
   return {names, names + horsepower::supported_isas(names)};
 }
 
@@ -67,6 +67,30 @@ void rms_norm(const std::string& isa, uintptr_t x, uintptr_t gain, uintptr_t out
                 {second, third}, eps, x_bf16, out_bf16, threads});
 }
 
+int64_t attention_workspace(const std::string& isa, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+                            bool bf16, int threads) {
+  horsepower::Attention sizes{};
+  sizes.rows = rows;
+  sizes.heads = heads;
+  sizes.kv_heads = kv_heads;
+  sizes.dim = dim;
+  sizes.bf16 = bf16;
+  sizes.threads = threads;
+  return require(isa).attention_workspace(sizes);
+}
+
+void attention(const std::string& isa, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t gate, uintptr_t out,
+               uintptr_t workspace, int64_t q_pitch, int64_t q_head, int64_t k_pitch, int64_t k_head, int64_t v_pitch,
+               int64_t v_head, int64_t gate_pitch, int64_t second, int64_t third, const std::vector<int64_t>& ranges,
+               int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, bool bf16, bool gate_bf16, int threads) {
+  const auto& ops = require(isa);
+  nb::gil_scoped_release release;
+  ops.attention({at<const void>(q), at<const void>(k), at<const void>(v), at<const void>(gate), at<void>(out),
+                 at<void>(workspace), q_pitch, q_head, k_pitch, k_head, v_pitch, v_head, gate_pitch, {second, third},
+                 ranges.data(), static_cast<int64_t>(ranges.size() / 6), rows, heads, kv_heads, dim, bf16, gate_bf16,
+                 threads});
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -86,4 +110,10 @@ NB_MODULE(_native, m) {
   m.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "gain"_a, "out"_a, "pitch"_a, "gain_pitch"_a, "rows"_a, "dim"_a,
         "second"_a, "third"_a, "eps"_a, "x_bf16"_a, "out_bf16"_a, "threads"_a,
         "See horsepower.kernels.rms_norm. Addresses; pitches in elements.");
+  m.def("attention_workspace", &attention_workspace, "isa"_a, "rows"_a, "heads"_a, "kv_heads"_a, "dim"_a, "bf16"_a,
+        "threads"_a, "Bytes of scratch memory that attention needs.");
+  m.def("attention", &attention, "isa"_a, "q"_a, "k"_a, "v"_a, "gate"_a, "out"_a, "workspace"_a, "q_pitch"_a,
+        "q_head"_a, "k_pitch"_a, "k_head"_a, "v_pitch"_a, "v_head"_a, "gate_pitch"_a, "second"_a, "third"_a,
+        "ranges"_a, "rows"_a, "heads"_a, "kv_heads"_a, "dim"_a, "bf16"_a, "gate_bf16"_a, "threads"_a,
+        "See horsepower.kernels.attention. Addresses; pitches in elements; six numbers a range.");
 }

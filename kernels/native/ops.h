@@ -55,9 +55,29 @@ struct RmsNorm {
   int threads;
 };
 
+struct Attention {
+  const void* q;             // [rows, heads, dim]; bf16 or float, as are k, v and out
+  const void* k;             // [rows, kv_heads, dim]
+  const void* v;             // [rows, kv_heads, dim]
+  const void* gate;          // before the sigmoid, [rows, heads] or [experts, heads]; null for none; bf16 or float
+  void* out;                 // [rows, heads, dim], contiguous
+  void* workspace;           // as many bytes as attention_workspace says, at a multiple of 64
+  int64_t q_pitch, q_head;   // elements between rows and between heads
+  int64_t k_pitch, k_head, v_pitch, v_head;
+  int64_t gate_pitch;        // elements between the gates of two rows; 0 for one a head
+  int64_t first_rows[2];     // where the second and the third expert's rows begin; `rows` when there is one expert
+  const int64_t* ranges;     // [range_count, 6]: first and last + 1 of query rows, and of two ranges of keys they see
+  int64_t range_count;
+  int64_t rows, heads, kv_heads, dim;
+  bool bf16, gate_bf16;
+  int threads;
+};
+
 struct Ops {
   void (*add_rms_norm)(const AddRmsNorm&);
   void (*activation)(const Activation&);
+  int64_t (*attention_workspace)(const Attention&);  // reads only rows, heads, kv_heads, dim, bf16 and threads
+  void (*attention)(const Attention&);
   void (*qk_norm_rope)(const QkNormRope&);
   void (*rms_norm)(const RmsNorm&);
 };
@@ -66,10 +86,13 @@ const Ops& portable_ops();
 #if defined(__x86_64__)
 const Ops& avx2_ops();
 const Ops& avx512_ops();
+const Ops& avx512_bf16_ops();
 #endif
 
+constexpr int MAX_ISAS = 4;
+
 // Names of the instruction sets that this CPU runs, best first.
-int supported_isas(const char* (&names)[3]);
+int supported_isas(const char* (&names)[MAX_ISAS]);
 // The ops of one of them; null for a name that this CPU does not run.
 const Ops* ops_for(const char* isa);
 

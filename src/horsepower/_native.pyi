@@ -81,3 +81,34 @@ def rms_norm(
     threads: int,
 ) -> None:
     """See horsepower.kernels.rms_norm. Addresses; pitches in elements."""
+
+def attention_workspace(isa: str, rows: int, heads: int, kv_heads: int, dim: int, bf16: bool, threads: int) -> int:
+    """Bytes of scratch memory that attention needs."""
+
+def attention(
+    isa: str,
+    q: int,
+    k: int,
+    v: int,
+    gate: int,
+    out: int,
+    workspace: int,
+    q_pitch: int,
+    q_head: int,
+    k_pitch: int,
+    k_head: int,
+    v_pitch: int,
+    v_head: int,
+    gate_pitch: int,
+    second: int,
+    third: int,
+    ranges: list[int],
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    bf16: bool,
+    gate_bf16: bool,
+    threads: int,
+) -> None:
+    """See horsepower.kernels.attention. Addresses; pitches in elements; six numbers a range."""

@@ -24,7 +24,7 @@ def run(isa, residual, branch, post_gain, gain, counts, dtype):
     out = outputs(residual, branch, post_gain, gain, counts, EPS, dtype)
     for tensor in out:
         tensor.fill_(torch.nan)
-    native(out, residual, branch, post_gain, gain, counts, EPS, dtype, isa)
+    native(out, None, residual, branch, post_gain, gain, counts, EPS, dtype, isa)
     return out
 
 

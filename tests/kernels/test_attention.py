@@ -1,0 +1,270 @@
+"""The op against float64 on odd shapes and hostile values, in every instruction set that this CPU runs."""
+
+import pytest
+import torch
+
+from horsepower.kernels.attention import (
+    ATTENTION,
+    key_ranges,
+    native,
+    native_supports,
+    native_workspace,
+    outputs,
+    reference,
+)
+from horsepower.kernels.native_library import ISAS
+
+F32, BF16 = torch.float32, torch.bfloat16
+ULP = {F32: 2.0**-23, BF16: 2.0**-8}
+FULL = (1, [], 1, 0, -1)  # experts, counts, frames, video, window
+
+
+def inputs(rows, heads=4, kv_heads=2, dim=32, dtype=BF16, gate=None, scale=1.0, seed=0):
+    """q and k are views into wider rows, v is columns of a projection; gate: None or its shape."""
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(rows, (heads + 2 * kv_heads) * dim + 3, generator=generator).to(dtype)
+    q, k, v = projection[:, :-3].unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+    gate = None if gate is None else torch.randn(gate, generator=generator)
+    return q * scale, k, v, gate
+
+
+def run(isa, *arguments):
+    """The output and the scratch memory are poisoned first: what is not written shows."""
+    out = outputs(*arguments)
+    out[0].fill_(torch.nan)
+    workspace = torch.full((native_workspace(*arguments, isa=isa),), 255, dtype=torch.uint8)
+    native(out, workspace, *arguments, isa)
+    return out[0]
+
+
+def error(got, want):
+    return float((got.double() - want).norm() / want.norm())
+
+
+def check(isa, q, k, v, gate, *rest):
+    """Not further from float64 than eager, but for a few roundings of the output."""
+    got = run(isa, q, k, v, gate, *rest)
+    assert got.isfinite().all()
+    wide = (q.double(), k.double(), v.double(), None if gate is None else gate.double())
+    exact = reference(*wide, *rest)[0]
+    if exact.numel() and exact.norm():
+        assert error(got, exact) <= max(1.1 * error(reference(q, k, v, gate, *rest)[0], exact), 4 * ULP[q.dtype])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 64, 97, 512, 521, 1031])
+def test_lengths(isa, dtype, rows):
+    check(isa, *inputs(rows, dtype=dtype, gate=(rows, 4)), *FULL)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dim", [1, 5, 16, 17, 24, 32, 48, 63, 64, 80, 128, 144])
+def test_head_dims(isa, dtype, dim):
+    check(isa, *inputs(67, dim=dim, dtype=dtype), *FULL)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (5, 1), (6, 2), (40, 8)])
+def test_heads(isa, heads, kv_heads):
+    check(isa, *inputs(53, heads, kv_heads), *FULL)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("gate_dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    ("shape", "experts", "counts"),
+    [
+        ((40, 4), 1, []),
+        ((40, 4), 3, [20, 10, 10]),
+        ((4,), 1, []),
+        ((12,), 3, [20, 13, 7]),
+        ((12,), 3, [0, 0, 40]),
+        ((12,), 3, [0, 40, 0]),
+        ((12,), 3, [39, 0, 1]),
+    ],
+)
+def test_gates(isa, dtype, gate_dtype, shape, experts, counts):
+    q, k, v, gate = inputs(40, dtype=dtype, gate=shape)
+    check(isa, q, k, v, gate.to(gate_dtype), experts, counts, 1, 0, -1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_extreme_gates(isa):
+    q, k, v, _ = inputs(3, dtype=F32)
+    gate = torch.tensor([[-200.0, 200.0, 0.0, -80.0]]).expand(3, 4).contiguous()
+    out = run(isa, q, k, v, gate, *FULL)
+    torch.testing.assert_close(out, reference(q, k, v, gate, *FULL)[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("window", [0, 1, 11])
+@pytest.mark.parametrize(
+    ("frames", "tokens", "rest"), [(1, 7, 5), (3, 1, 2), (5, 13, 9), (7, 64, 0), (13, 16, 33), (26, 3, 1), (4, 0, 6)]
+)
+def test_windows(isa, dtype, window, frames, tokens, rest):
+    video = frames * tokens
+    q, k, v, gate = inputs(video + rest, dtype=dtype, gate=(12,))
+    check(isa, q, k, v, gate, 3, [video, rest, 0], frames, video, window)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_window_over_many_blocks_of_keys(isa):
+    check(isa, *inputs(5 * 331 + 70, heads=2, kv_heads=1, dim=16), 1, [], 5, 5 * 331, 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e3, 1e30])
+def test_tiny_and_huge_scores(isa, dtype, scale):
+    check(isa, *inputs(600, 2, 1, 16, dtype, scale=scale), *FULL)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_tiny_and_huge_values(isa, dtype, scale):
+    q, k, v, gate = inputs(70, dtype=dtype, gate=(70, 4))
+    check(isa, q, k, v * scale, gate, *FULL)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rows_of_one_value_and_of_denormals(isa, dtype):
+    q, k, v, gate = inputs(70, dtype=dtype)
+    q, k, v = q.clone(), k.clone(), v.clone()
+    q[0], k[1], v[2] = 3.0, -2.0, 5.0
+    q[3], k[4], v[5] = 0.0, 0.0, 0.0
+    q[6], k[7], v[8] = 1e-40, 1e-40, 1e-40
+    check(isa, q, k, v, gate, *FULL)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_values_of_one_number_come_back(isa):
+    q, k, v, _ = inputs(1100, dtype=F32)
+    got = run(isa, q, k, torch.full_like(v, 0.7), None, *FULL)
+    torch.testing.assert_close(got, torch.full_like(q, 0.7), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_query_that_is_not_finite_stays_in_its_row(isa, dtype, value):
+    q, k, v, _ = inputs(29, dtype=dtype)
+    q = q.clone()
+    q[11, 2, 3] = value
+    finite = run(isa, q, k, v, None, *FULL).isfinite().all(-1)
+    assert not finite[11, 2]
+    assert finite.sum() == finite.numel() - 1
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_key_or_value_that_is_not_finite_reaches_only_who_sees_it(isa, dtype, which):
+    """Frames of 7 rows: their edges lie inside of tiles and of pairs."""
+    arguments = list(inputs(5 * 7 + 4, dtype=dtype))
+    arguments[which] = arguments[which].clone()
+    arguments[which][20, 1, 0] = torch.nan  # the last row of the third frame
+    rest = (1, [], 5, 35, 1)
+    finite = run(isa, *arguments, *rest).isfinite().all(-1)
+    assert finite[:, :2].all()
+    assert finite[:7, 2:].all()
+    assert finite[28:35, 2:].all()
+    assert not finite[7:28, 2:].any()
+    assert not finite[35:, 2:].any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_scores_that_overflow_downwards_weigh_nothing(isa, dtype):
+    q, k, v, _ = inputs(9, dtype=dtype)
+    q, k = torch.full_like(q, 1e30), k.clone()
+    k[:] = 0
+    k[4] = -1e30
+    got = run(isa, q, k, v, None, *FULL)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, reference(q, k, v, None, *FULL)[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_any_strides_of_rows_and_heads(isa):
+    q, k, v, gate = inputs(66, 6, 2, 40, gate=(66, 8))
+    check(isa, q[::2, ::3, 3:27], k[1::2, :, 16:], v[:33, :, :24], gate[::2, 2:4], *FULL)
+    turned = v.transpose(0, 1).contiguous().transpose(0, 1)
+    check(isa, q, k, turned, gate[:, :6], *FULL)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 26])
+@pytest.mark.parametrize("window", [-1, 0, 1, 11])
+def test_ranges_cover_all_queries_once(frames, window):
+    covered = [i for rows, _ in key_ranges(frames, frames * 5, window, frames * 5 + 4) for i in range(200)[rows]]
+    assert covered == list(range(frames * 5 + 4))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_all_instruction_sets_agree(dtype):
+    arguments = (*inputs(700, dtype=dtype, gate=(700, 4)), *FULL)
+    results = [run(isa, *arguments) for isa in ISAS]
+    for result in results[1:]:
+        assert error(result, results[0].double()) < 4 * ULP[dtype]
+
+
+def test_the_registered_op():
+    q, k, v, gate = inputs(25, gate=(12,))
+    rest = (3, [15, 6, 4], 3, 15, 1)
+    op = torch.ops.horsepower.attention
+    torch.library.opcheck(op.default, (q, k, v, gate, *rest))
+    assert torch.equal(op(q, k, v, gate, *rest), run(ISAS[0], q, k, v, gate, *rest))
+
+
+def test_the_workspace_follows_from_sizes_alone():
+    q, k, v, gate = inputs(25)
+    meta = (x.to("meta") for x in (q, k, v))
+    assert native_workspace(*meta, gate, *FULL) == native_workspace(q, k, v, gate, *FULL) > 0
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_reference():
+    q, k, v, gate = inputs(6, gate=(6, 4))
+    turned = v.transpose(1, 2).contiguous().transpose(1, 2)
+    assert native_supports(q, k, v, gate) is None
+    assert native_supports(q, k, turned, gate) == "the last dimension is not contiguous"
+    assert native_supports(q.half(), k.half(), v.half(), gate) == "neither float32 nor bfloat16"
+    assert native_supports(q.to("meta"), k, v, gate) == "not on the CPU"
+    got, want = ATTENTION(q, k, turned, gate, *FULL), reference(q, k, turned, gate, *FULL)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"q": torch.zeros(6, 32)}, "q, k, v"),
+        ({"q": torch.zeros(5, 4, 8)}, "q, k, v"),
+        ({"q": torch.zeros(6, 3, 8)}, "q, k, v"),
+        ({"q": torch.zeros(6, 4, 8, dtype=BF16)}, "q, k, v"),
+        ({"k": torch.zeros(6, 2, 7)}, "q, k, v"),
+        ({"k": torch.zeros(6, 0, 8), "v": torch.zeros(6, 0, 8)}, "q, k, v"),
+        ({"gate": torch.zeros(5)}, "gate"),
+        ({"gate": torch.zeros(6, 3)}, "gate"),
+        ({"gate": torch.zeros(12), "experts": 3, "counts": [6, 1, 0]}, "counts"),
+        ({"frames": 4, "video": 6, "window": 1}, "frames"),
+        ({"frames": 1, "video": 7, "window": 1}, "video"),
+    ],
+)
+def test_wrong_inputs_name_the_field(change, field):
+    good = {"q": torch.zeros(6, 4, 8), "k": torch.zeros(6, 2, 8), "v": torch.zeros(6, 2, 8), "gate": None}
+    arguments = {**good, "experts": 1, "counts": [], "frames": 1, "video": 0, "window": -1} | change
+    with pytest.raises(ValueError, match=f"{field}: got"):
+        ATTENTION(*arguments.values())
+
+
+def test_cost_counts_the_pairs_that_see_each_other():
+    q, k, v, gate = inputs(4 * 5 + 3, gate=(23, 4))
+    full = ATTENTION.cost(q, k, v, gate, 1, [], 4, 20, -1)
+    seen = ATTENTION.cost(q, k, v, gate, 1, [], 4, 20, 0)
+    assert full.flops == 4 * 23 * 23 * 4 * 32
+    assert seen.flops == 4 * (20 * (5 + 3) + 3 * 23) * 4 * 32
+    assert full.bytes == seen.bytes == 23 * 32 * (4 + 4 + 2 + 2) * 2 + 23 * 4 * 4
