@@ -23,11 +23,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute an op. `supports` gives the reason against some inputs, or None; `run` fills the outputs."""
+    """One way to compute an op. `supports` gives the reason against some inputs, or None; `run` fills the outputs.
+
+    `workspace` gives the bytes of scratch memory from sizes and dtypes alone, so that inputs of the largest shapes,
+    on any device, tell what to set aside. `run` gets them as a uint8 tensor at a multiple of 64 bytes; None without.
+    """
 
     name: str
     supports: Callable[..., str | None]
-    run: Callable[..., None]  # (outputs, *inputs)
+    run: Callable[..., None]  # (outputs, workspace, *inputs)
+    workspace: Callable[..., int] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,17 @@ class Op:
     outputs: Callable[..., tuple[Tensor, ...]]  # the shape rule: empty outputs for these inputs
     reference: Callable[..., tuple[Tensor, ...]]
     cost: Callable[..., Cost]
-    kernels: tuple[Kernel, ...]  # best first
+    kernels: tuple[Kernel, ...] = ()  # best first
+    expand: Callable[..., tuple[Any, ...]] | None = None  # (call, *inputs): the same in calls of other ops
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
         outputs = self.outputs(*inputs)  # refuses what does not belong together
         for kernel in self.kernels:
             if kernel.supports(*inputs) is None:
-                kernel.run(outputs, *inputs)
+                scratch = None
+                if kernel.workspace is not None:  # torch's CPU allocator aligns to 64 bytes, its CUDA allocator to 512
+                    scratch = outputs[0].new_empty(kernel.workspace(*inputs), dtype=torch.uint8)
+                kernel.run(outputs, scratch, *inputs)
                 return outputs
         return self.reference(*inputs)
 
@@ -53,6 +62,33 @@ class Op:
     def single(self) -> bool:
         """Whether torch sees one tensor, not a tuple."""
         return self.schema.endswith("-> Tensor")
+
+    def single_result(self, *inputs: Any) -> Tensor:
+        """Call an op that has one result, as torch gives it."""
+        return self(*inputs)[0]
+
+
+def fused(
+    name: str, schema: str, outputs: Callable[..., tuple[Tensor, ...]], expand: Callable[..., tuple[Any, ...]]
+) -> Op:
+    """An op that is made of others: where no kernel does all of it at once, it runs, and is lowered, as its parts."""
+
+    def reference(*inputs: Any) -> tuple[Tensor, ...]:
+        return expand(lambda target, *arguments: target(*arguments), *inputs)
+
+    def cost(*inputs: Any) -> Cost:
+        parts: list[Cost] = []
+
+        def count(target: Any, *arguments: Any) -> Any:
+            name = target.name().removeprefix("horsepower::")
+            if name in OPS:
+                parts.append(OPS[name].cost(*arguments))
+            return target(*arguments)
+
+        expand(count, *inputs)
+        return Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))
+
+    return Op(name, schema, outputs, reference, cost, expand=expand)
 
 
 OPS: dict[str, Op] = {}
@@ -65,10 +101,10 @@ def register(op: Op) -> Op:
         raise ValueError(f"name: got {op.name!r}, which is registered already")
     _LIBRARY.define(f"{op.name}{op.schema}")
 
-    def as_torch(rule: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-        return lambda *inputs: rule(*inputs)[0] if op.single else rule(*inputs)
+    def shape_rule(*inputs: Any) -> Any:
+        return op.outputs(*inputs)[0] if op.single else op.outputs(*inputs)
 
-    _LIBRARY.impl(op.name, as_torch(op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"horsepower::{op.name}", as_torch(op.outputs), lib=_LIBRARY)
+    _LIBRARY.impl(op.name, op.single_result if op.single else op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"horsepower::{op.name}", shape_rule, lib=_LIBRARY)
     OPS[op.name] = op
     return op

@@ -1,0 +1,19 @@
+"""Every op, registered: `ops.<name>.default` is what a graph calls."""
+
+import torch
+
+from horsepower.kernels import (  # noqa: F401 importing an op registers it
+    activation,
+    add_rms_norm,
+    attention,
+    linear,
+    linear_activation,
+    linear_add_rms_norm,
+    linear_qk_norm_rope,
+    qk_norm_rope,
+    rms_norm,
+    rope,
+)
+from horsepower.kernels.registry import OPS as OPS
+
+ops = torch.ops.horsepower
