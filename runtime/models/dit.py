@@ -258,7 +258,7 @@ class DiT(nn.Module):
     def velocity(self, video: Tensor, audio: Tensor, condition: Condition, frames: int) -> tuple[Tensor, Tensor]:
         """video [V, video channels], audio [A, audio channels] -> their velocities, same shapes, float32."""
         dtype = self.config.params_dtype
-        counts = (len(video), len(audio), len(condition.text))
+        counts = (video.shape[0], audio.shape[0], condition.text.shape[0])
         embedded = (self.adapter.video_embedder(video).to(dtype), self.adapter.audio_embedder(audio).to(dtype))
         h = self.block(torch.cat((*embedded, condition.text)), condition.rope, counts, frames)
         h_video, h_audio, _ = h.split(counts)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from horsepower.runtime.compiled import compile
 from horsepower.runtime.models.dit import Adapter, DiT, FourierRope, Layer, rotate, swiglu7
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.presets import FOAL, FOAL_MODELS, MODELS
+from models import TINY, random_inputs, random_model
 from recordings import Recording, find, relative_error
 
 PACKED = ("in.x", "in.coords", "in.modality")
@@ -41,30 +43,6 @@ def model_of(weights: Recording, config: DiTConfig) -> DiT:
     return model.eval()
 
 
-def random_model(config: DiTConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> DiT:
-    model = DiT(config, dtype)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        scale = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model.eval()
-
-
-def random_inputs(config: DiTConfig, frames: int, tokens: int, audio: int, text: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    channels = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
-    counts = (frames * tokens, audio, text)
-    parts = [torch.randn(n, c, generator=generator) for n, c in zip(counts, channels, strict=True)]
-    coords = torch.rand(sum(counts), 9, generator=generator) * 4 + 2
-    return (*parts, coords)
-
-
-TINY = DiTConfig(
-    num_layers=3, hidden_size=64, head_dim=16, num_query_groups=2, video_in_channels=8, audio_in_channels=4,
-    text_in_channels=12, mm_layers=(0, 2), gelu7_layers=(0,),
-)  # fmt: skip
-
-
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
@@ -72,11 +50,14 @@ def _no_grad():
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("mode", ["eager", "fused"])
 @pytest.mark.parametrize("case", WHOLE, ids=str)
-def test_whole_model_as_recorded(case):
+def test_whole_model_as_recorded(case, mode):
     config = config_of(case)
     parts, coords, frames = parts_of(case, config)
-    video, audio = model_of(case.sibling(case.info["weights"]), config)(*parts, coords, frames)
+    model = model_of(case.sibling(case.info["weights"]), config)
+    inputs = (*parts, coords, frames)
+    video, audio = (compile(model, inputs) if mode == "fused" else model)(*inputs)
     out, modality = case["out"], case["in.modality"]
     assert relative_error(video, out[modality == 0][:, : video.shape[1]]) < 0.025
     if len(audio):
@@ -95,8 +76,9 @@ def traced_layers() -> list[tuple[Recording, int]]:
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize(("mode", "bound"), [("eager", 1e-3), ("fused", 2e-3)])
 @pytest.mark.parametrize(("case", "n"), traced_layers(), ids=lambda value: str(value))
-def test_each_layer_as_recorded(case, n):
+def test_each_layer_as_recorded(case, n, mode, bound):
     config = config_of(case)
     weights = case.sibling(case.info["weights"])
     layer = Layer(config, n, torch.bfloat16, "meta")
@@ -106,8 +88,9 @@ def test_each_layer_as_recorded(case, n):
     parts, coords, frames = parts_of(case, config)
     rope = FourierRope(config.head_dim, torch.float32, "cpu")(coords)
     before = case["trace.block_in"] if n == 0 else case[f"trace.layer_out.{n - 1:02d}"]
-    after = layer(before, rope, tuple(map(len, parts)), frames)
-    assert relative_error(after, case[f"trace.layer_out.{n:02d}"]) < 1e-3
+    inputs = (before, rope, tuple(map(len, parts)), frames)
+    after = (compile(layer, inputs) if mode == "fused" else layer)(*inputs)
+    assert relative_error(after, case[f"trace.layer_out.{n:02d}"]) < bound
 
 
 @pytest.mark.golden

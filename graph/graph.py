@@ -1,0 +1,100 @@
+"""The compiler's graph: one model as a flat list of operator calls that can be executed at every stage."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that a pass looked at: taken, or refused for a reason."""
+
+    rewrite: str  # the pass
+    module: str  # where in the model
+    refused: str | None = None
+
+
+@dataclass
+class Graph:
+    """An `fx.Graph` and what surrounds it.
+
+    Placeholders are the tensors and integers of the flattened inputs; `get_attr` nodes are parameters and buffers by
+    their names in the module. Every node carries its fake tensor (or symbolic integer) in `meta["val"]` and the path of
+    its module in `meta["module"]`.
+    """
+
+    nodes: fx.Graph
+    constants: Mapping[str, Tensor]  # tensors that the code made while it was traced, by get_attr name
+    in_spec: pytree.TreeSpec  # of (args, kwargs)
+    out_spec: pytree.TreeSpec
+    inputs: tuple[fx.Node | object, ...]  # a flat input's placeholder, or the constant that it must equal
+    traced: int  # repeated blocks that were traced, not stamped
+    sites: list[Site] = field(default_factory=list)
+
+    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:
+        """Append a call at the insertion point; its fake value comes from the operator's own shape rule."""
+        node = self.nodes.call_function(target, args)
+        node.meta = {"module": like.meta["module"], "val": target(*value_of(args))}
+        return node
+
+    def fixed(self) -> set[fx.Node]:
+        """Calls that depend on weights alone."""
+        known: set[fx.Node] = set()
+        for node in self.nodes.nodes:
+            if node.op == "get_attr" or (node.op == "call_function" and known.issuperset(node.all_input_nodes)):
+                known.add(node)
+        return {node for node in known if node.op == "call_function"}
+
+    def sweep(self) -> None:
+        """Drop what nobody uses; inputs stay."""
+        for node in reversed(self.nodes.nodes):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.nodes.erase_node(node)
+
+    def take(self, rewrite: str, node: fx.Node) -> None:
+        self.sites.append(Site(rewrite, node.meta["module"]))
+
+    def refuse(self, rewrite: str, node: fx.Node, reason: str) -> None:
+        self.sites.append(Site(rewrite, node.meta["module"], reason))
+
+    def taken(self, rewrite: str) -> int:
+        """How many sites a pass took."""
+        return sum(site.rewrite == rewrite and site.refused is None for site in self.sites)
+
+    def run(self, weights: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Execute the graph as it stands. `weights` holds every parameter and buffer by name."""
+        flat = pytree.tree_flatten((args, kwargs))[0]
+        env: dict[fx.Node, Any] = {
+            node: given for node, given in zip(self.inputs, flat, strict=True) if isinstance(node, fx.Node)
+        }
+        output: Any = ()
+        for node in self.nodes.nodes:
+            if node.op == "get_attr":
+                name = str(node.target)
+                env[node] = self.constants[name] if name in self.constants else weights[name]
+            elif node.op == "call_function":
+                assert callable(node.target)
+                operands, options = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                env[node] = node.target(*operands, **options)
+            elif node.op == "output":
+                output = fx.map_arg(node.args[0], env.__getitem__)
+        return pytree.tree_unflatten(list(output), self.out_spec)
+
+
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """Its arguments, for those who know what they are."""
+    return node.args
+
+
+def value_of(tree: Any) -> Any:
+    """Arguments with each node replaced by its fake value."""
+    return fx.map_arg(tree, lambda node: node.meta["val"])
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype

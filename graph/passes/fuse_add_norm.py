@@ -1,0 +1,86 @@
+"""A projection, its addition to the residual and the norm that follows, in this layer or the next, become one op.
+
+Proves: the sum is the one that is normed. A norm of the branch before the addition (post-norm) goes with it. Between
+projection and sum the float32 of the fused op replaces a rounding.
+"""
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from horsepower.graph.graph import Graph, args_of, dtype_of
+from horsepower.graph.pattern import is_cast
+from horsepower.kernels.ops import ops
+
+aten = torch.ops.aten
+FUSED = ops.linear_add_rms_norm.default
+
+
+class Branch(NamedTuple):
+    linear: fx.Node
+    post_gain: fx.Node | None
+    post_counts: list[fx.Node]
+    post_eps: float | None
+
+
+def fuse_add_norm(graph: Graph) -> None:
+    for node in list(graph.nodes.nodes):
+        if node.target is not ops.rms_norm.default or not _is_sum(total := node.args[0]):
+            continue
+        _, gain, _, counts, eps, dtype = args_of(node)
+        residual, branch = _sides(total)
+        if branch is None:
+            graph.refuse("fuse_add_norm", node, "neither side of the sum is a projection of its own")
+            continue
+        if branch.post_eps not in (None, eps):
+            graph.refuse("fuse_add_norm", node, "its two norms have different epsilons")
+            continue
+        linear = branch.linear
+        x, weight, linear_experts, linear_counts = linear.args
+        all_counts = [c for c in (counts, linear_counts, branch.post_counts) if c]
+        if any(c != all_counts[0] for c in all_counts):
+            graph.refuse("fuse_add_norm", node, "projection and norms split the rows differently")
+            continue
+        if dtype_of(total) != torch.promote_types(dtype_of(residual), dtype_of(linear)):
+            graph.refuse("fuse_add_norm", node, f"the sum is kept in {dtype_of(total)}")
+            continue
+        with graph.nodes.inserting_before(total):
+            fused = graph.call(
+                FUSED, x, weight, linear_experts, residual, branch.post_gain, gain, all_counts[0] if all_counts else [],
+                eps, dtype, like=node,
+            )  # fmt: skip
+            new_sum, normed = (graph.call(operator.getitem, fused, i, like=node) for i in range(2))
+        total.replace_all_uses_with(new_sum)
+        node.replace_all_uses_with(normed)
+        graph.take("fuse_add_norm", fused)
+
+
+def _is_sum(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs
+
+
+def _sides(total: fx.Node) -> tuple[fx.Node, Branch | None]:
+    """The residual and the branch of a sum, whichever way it is written."""
+    one, other = total.args
+    for residual, side in ((one, other), (other, one)):
+        if isinstance(residual, fx.Node) and residual.meta["val"].ndim == 2 and (branch := _branch(side)):
+            return residual, branch
+    return one, None  # type: ignore[return-value]
+
+
+def _branch(side: object) -> Branch | None:
+    post: fx.Node | None = None
+    while isinstance(side, fx.Node) and len(side.users) == 1:
+        if side.target is ops.linear.default:
+            if post is None:
+                return Branch(side, None, [], None)
+            _, gain, _, counts, eps, _ = post.args
+            return Branch(side, gain, counts, eps)  # type: ignore[arg-type]
+        if side.target is ops.rms_norm.default and post is None:
+            post = side
+        elif not is_cast(side):
+            return None
+        side = side.args[0]
+    return None

@@ -1,0 +1,27 @@
+"""Each fused op that no single kernel computes becomes its parts: a library matrix product and a native epilogue."""
+
+import operator
+
+from torch import fx
+
+from horsepower.graph.graph import Graph, args_of
+from horsepower.kernels.registry import OPS
+
+
+def lower(graph: Graph) -> None:
+    for node in list(graph.nodes.nodes):
+        op = OPS.get(str(node.target).removeprefix("horsepower.").removesuffix(".default"))
+        if node.op != "call_function" or op is None or op.expand is None:
+            continue
+
+        def call(target, *args, like: fx.Node = node) -> fx.Node:  # type: ignore[no-untyped-def]
+            return graph.call(target, *args, like=like)
+
+        with graph.nodes.inserting_before(node):
+            parts = op.expand(call, *node.args)
+        if op.single:
+            node.replace_all_uses_with(parts[0])
+        else:
+            for item in list(node.users):
+                assert item.target is operator.getitem
+                item.replace_all_uses_with(parts[args_of(item)[1]])

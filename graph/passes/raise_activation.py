@@ -1,0 +1,51 @@
+"""The clamped SwiGLU and GELU, widened before and narrowed after, become `activation`. Proves: the same formula."""
+
+import sys
+
+import torch
+
+from horsepower.graph.graph import Graph, dtype_of
+from horsepower.graph.pattern import Call, Hole, is_cast
+from horsepower.kernels.ops import ops
+
+aten = torch.ops.aten
+ACTIVATION = ops.activation.default
+
+
+def _gated(z: Call) -> Call:
+    sigmoid = Call(aten.sigmoid.default, Call(aten.mul.Tensor, z, 1.702))
+    return Call(aten.mul.Tensor, z, sigmoid, commutes=True)
+
+
+def _columns(first: int) -> Call:
+    return Call(aten.slice.Tensor, Hole("u"), Hole("last"), first, sys.maxsize, 2)
+
+
+GELU7 = _gated(Call(aten.clamp.default, Hole("u"), None, 7))
+SWIGLU7 = Call(
+    aten.mul.Tensor,
+    _gated(Call(aten.clamp.default, _columns(0), None, 7)),
+    Call(aten.add.Tensor, Call(aten.clamp.default, _columns(1), -7, 7), 1),
+    commutes=True,
+)
+
+
+def raise_activation(graph: Graph) -> None:
+    for kind, pattern in (("swiglu7", SWIGLU7), ("gelu7", GELU7)):
+        for node in graph.nodes.nodes:
+            found = pattern.match(node)
+            if not found or dtype_of(node) not in (torch.float32, torch.float64):
+                continue
+            u = found["u"]
+            if kind == "swiglu7" and found["last"] != u.meta["val"].ndim - 1:
+                graph.refuse("raise_activation", node, "the pairs are not in the last dimension")
+                continue
+            if is_cast(u) and torch.promote_types(dtype_of(u.args[0]), torch.float32) == dtype_of(u):
+                u = u.args[0]
+            users = list(node.users)
+            last = users[0] if len(users) == 1 and is_cast(users[0]) else node
+            with graph.nodes.inserting_before(last):
+                new = graph.call(ACTIVATION, u, kind, dtype_of(last), like=node)
+            last.replace_all_uses_with(new)
+            graph.take("raise_activation", new)
+        graph.sweep()

@@ -1,0 +1,29 @@
+"""A matrix product without a bias, or one a modality, becomes `linear`. Proves: the same products of the same rows."""
+
+import torch
+
+from horsepower.graph.graph import Graph
+from horsepower.graph.modality import match_experts
+from horsepower.kernels.ops import ops
+
+aten = torch.ops.aten
+LINEAR = ops.linear.default
+
+
+def raise_linear(graph: Graph) -> None:
+    for node in graph.nodes.nodes:
+        if experts := match_experts(node, aten.linear.default, weight=1):
+            with graph.nodes.inserting_before(node):
+                new = graph.call(LINEAR, experts.x, experts.stacked, 3, experts.counts, like=experts.first)
+            node.replace_all_uses_with(new)
+            graph.take("raise_linear", new)
+    graph.sweep()
+    for node in graph.nodes.nodes:
+        if node.target is aten.linear.default and not node.kwargs:
+            if len(node.args) == 3 and node.args[2] is not None:
+                graph.refuse("raise_linear", node, "it has a bias")
+                continue
+            with graph.nodes.inserting_before(node):
+                new = graph.call(LINEAR, *node.args[:2], 1, [], like=node)
+            node.replace_all_uses_with(new)
+            graph.take("raise_linear", new)

@@ -1,0 +1,87 @@
+"""Patterns over graph nodes: nested calls with named holes.
+
+MUL = Call(aten.mul.Tensor, Hole("x"), Call(aten.sigmoid.default, Hole("x")), commutes=True)
+MUL.match(node)  ->  {"x": <the node>} or None
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Anything, or any call of one operator; the same thing wherever in a pattern the name is the same."""
+
+    name: str
+    target: Callable[..., Any] | None = None
+
+    def bind(self, value: Any, found: Found) -> Iterator[Found]:
+        if self.target is not None and not (isinstance(value, fx.Node) and value.target is self.target):
+            return
+        if self.name not in found:
+            yield {**found, self.name: value}
+        elif found[self.name] is value or (not isinstance(value, fx.Node) and found[self.name] == value):
+            yield found
+
+
+class Call:
+    """A call of one of some operators with these arguments; arguments beyond them must be absent."""
+
+    def __init__(
+        self, targets: Callable[..., Any] | tuple[Callable[..., Any], ...], *args: Any, commutes: bool = False
+    ):
+        self.targets = targets if isinstance(targets, tuple) else (targets,)
+        self.args, self.commutes = args, commutes
+
+    def match(self, node: Any) -> Found | None:
+        """The first binding of the holes under which `node` is this call, or None."""
+        return next(self.bind(node, {}), None)
+
+    def bind(self, node: Any, found: Found) -> Iterator[Found]:
+        if not isinstance(node, fx.Node) or node.target not in self.targets or node.kwargs:
+            return
+        orders = [self.args, self.args[::-1]] if self.commutes else [self.args]
+        for args in orders:
+            yield from _bind(args, node.args, found)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A conversion of the pattern to another dtype, or the pattern itself."""
+
+    inner: Any
+
+    def bind(self, node: Any, found: Found) -> Iterator[Found]:
+        if is_cast(node):
+            yield from _bind_one(self.inner, node.args[0], found)
+        yield from _bind_one(self.inner, node, found)
+
+
+def is_cast(node: Any) -> bool:
+    """Whether a node only changes the dtype."""
+    return isinstance(node, fx.Node) and str(node.target) == "aten.to.dtype"
+
+
+def _bind(patterns: Any, values: Any, found: Found) -> Iterator[Found]:
+    if len(patterns) != len(values):
+        return
+    if not patterns:
+        yield found
+        return
+    for first in _bind_one(patterns[0], values[0], found):
+        yield from _bind(patterns[1:], values[1:], first)
+
+
+def _bind_one(pattern: Any, value: Any, found: Found) -> Iterator[Found]:
+    if isinstance(pattern, Hole | Call | Cast):
+        yield from pattern.bind(value, found)
+    elif isinstance(pattern, list | tuple):
+        if isinstance(value, list | tuple):
+            yield from _bind(pattern, value, found)
+    elif not isinstance(value, fx.Node) and pattern == value:
+        yield found
