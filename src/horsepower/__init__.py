@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from horsepower.runtime.compiled import Compiled as Compiled
+    from horsepower.runtime.compiled import compile as compile
     from horsepower.runtime.engine import Engine as Engine
     from horsepower.runtime.request import Cancelled as Cancelled
     from horsepower.runtime.request import Progress as Progress
@@ -10,9 +12,11 @@ if TYPE_CHECKING:
     from horsepower.runtime.request import Result as Result
 
 __version__ = "0.1.0"
-__all__ = ["Cancelled", "Engine", "Progress", "Request", "Result"]
+__all__ = ["Cancelled", "Compiled", "Engine", "Progress", "Request", "Result", "compile"]
 
 _HOME = {
+    "Compiled": "horsepower.runtime.compiled",
+    "compile": "horsepower.runtime.compiled",
     "Engine": "horsepower.runtime.engine",
     "Cancelled": "horsepower.runtime.request",
     "Progress": "horsepower.runtime.request",

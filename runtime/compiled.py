@@ -1,0 +1,105 @@
+"""`compile(module, example_inputs)`: a module in, the same function as one fused plan out."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from horsepower.graph import passes, repeats
+from horsepower.graph.capture import capture
+from horsepower.graph.plan import Plan, plan_of
+from horsepower.runtime.executor import Executor
+
+
+class Compiled:
+    """An immutable snapshot of a module: called like it, with the contract of `plan`.
+
+    Parameters changed in place or attributes changed after compiling raise RuntimeError at the next call.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, seconds: float):
+        self.plan, self.seconds = plan, seconds  # it took to compile
+        self._run = Executor(plan, _weights(module))
+        self._snapshot = Snapshot(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's result. Raises ValueError for inputs that break the contract."""
+        self._snapshot.check()
+        return self._run(*args, **kwargs)
+
+
+class Snapshot:
+    """What a module was when it was compiled, cheap to compare with what it is now."""
+
+    def __init__(self, module: nn.Module):
+        modules = list(module.named_modules())
+        self._tensors = [
+            (f"{path}.{name}".lstrip("."), holder, name, tensor, None if tensor is None else tensor._version)
+            for path, each in modules
+            for holder in (each._parameters, each._buffers)
+            for name, tensor in holder.items()
+        ]
+        self._children = [(each._modules, dict(each._modules)) for _, each in modules]
+        self._attributes = [(path, vars(each), _attributes(each)) for path, each in modules]
+        mutable = [
+            each for _, each in modules if any(isinstance(x, list | dict | set) for x in _attributes(each).values())
+        ]
+        self._texts = [(each, list(repeats.attributes(each))) for each in mutable]
+
+    def check(self) -> None:
+        """Raises RuntimeError naming the parameter, buffer or attribute that changed."""
+        for name, holder, key, tensor, version in self._tensors:
+            if holder.get(key) is not tensor or (tensor is not None and tensor._version != version):
+                raise RuntimeError(f"{name}: changed after compiling, allowed: compile the module again")
+        for path, now, then in self._attributes:
+            for name, value in then.items():
+                if now.get(name) is not value and now.get(name) != value:
+                    raise RuntimeError(
+                        f"{f'{path}.{name}'.lstrip('.')}: changed after compiling, allowed: compile it again"
+                    )
+        if any(now != then for now, then in self._children):
+            raise RuntimeError("module: a submodule changed after compiling, allowed: compile it again")
+        if any(list(repeats.attributes(each)) != then for each, then in self._texts):
+            raise RuntimeError("module: an attribute changed after compiling, allowed: compile it again")
+
+
+def compile(
+    module: nn.Module,
+    example_inputs: tuple[Any, ...],
+    example_keywords: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    expect: Mapping[str, int] | None = None,
+    method: str = "forward",
+) -> Compiled:
+    """Capture `module.method`, fuse what can be fused, and plan it.
+
+    example_inputs: positional arguments; only shapes and dtypes matter. Sizes of dynamic dimensions should be distinct
+    and at least 2.
+    dynamic_shapes: as for `torch.export.export`; sizes that it leaves out are fixed.
+    expect: sites that each pass must take, by the name of the pass.
+    Raises CaptureError for code that cannot be one graph, and ValueError if a fusion that is expected does not happen.
+    """
+    start = time.perf_counter()
+    graph = passes.run(capture(module, example_inputs, example_keywords, dynamic_shapes, method))
+    plan = plan_of(graph)
+    _require(plan, expect or {})
+    return Compiled(module, plan, time.perf_counter() - start)
+
+
+def _require(plan: Plan, expect: Mapping[str, int]) -> None:
+    for rewrite, count in expect.items():
+        sites = [site for site in plan.sites if site.rewrite == rewrite]
+        taken = sum(site.refused is None for site in sites)
+        if taken != count:
+            refused = "; ".join(f"{site.module}: {site.refused}" for site in sites if site.refused)
+            raise ValueError(f"expect: got {taken} sites of {rewrite}, allowed: {count}. Refused: {refused or 'none'}")
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What a user set on a module, training mode included."""
+    return {name: vars(module)[name] for name, _ in repeats.attributes(module)}
