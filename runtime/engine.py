@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from horsepower.runtime import memory
+from horsepower.runtime.fused import FusedDiT
 from horsepower.runtime.media import image_pixels, open_image, read_audio
 from horsepower.runtime.models.audio_vae import CODEC_RATE, OUTPUT_RATE, STRIDE
 from horsepower.runtime.models.dit import DiT
@@ -39,7 +40,7 @@ from horsepower.runtime.watch import Watch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MODES = ("eager",)
+MODES = ("fused", "eager")
 DTYPES = (torch.bfloat16, torch.float32)
 SUPER_RESOLUTION = Stage("super-resolution", steps=5, sampler="unipc", coords="v1")
 
@@ -55,9 +56,9 @@ class Conditions(NamedTuple):
 class Engine:
     """Turns requests into clips on one device. One request runs at a time; others wait, from any thread."""
 
-    def __init__(self, source: Source, model: ModelName, device: torch.device, dtype: torch.dtype):
-        self._source, self.model, self.device, self.dtype = source, model, device, dtype
-        self._dits: dict[ModelName, DiT] = {}
+    def __init__(self, source: Source, model: ModelName, device: torch.device, dtype: torch.dtype, mode: str):
+        self._source, self.model, self.device, self.dtype, self.mode = source, model, device, dtype, mode
+        self._dits: dict[ModelName, DiT | FusedDiT] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose request runs
 
@@ -68,27 +69,29 @@ class Engine:
         model: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        mode: str = "eager",
+        mode: str | None = None,
     ) -> "Engine":
         """Open a folder of released checkpoints, or the built-in preset "foal".
 
         model: "distill" or "base"; None takes the distilled one where there is one.
         device: None takes the first GPU, else the CPU.
         dtype: of the matrix products: torch.bfloat16 or torch.float32; None takes bfloat16 where it is fast.
-        mode: "eager".
+        mode: "fused" compiles each model into one plan, in seconds; "eager" runs it as it is written. None takes
+            fused on a CPU; on a GPU there are no fused kernels yet.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
         Raises ValueError naming what is missing or wrong.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode: got {mode!r}, allowed: {', '.join(MODES)}")
         chosen = _device(device)
+        modes = MODES if chosen.type == "cpu" else ("eager",)
+        if mode not in (None, *modes):
+            raise ValueError(f"mode: got {mode!r}, allowed: {', '.join(modes)} on {chosen.type}")
         dtype = _dtype(dtype, chosen)
         source = _open(folder, chosen, dtype)
         there = [name for name in ("distill", "base") if name in source.models()]
         if not there or model not in (None, *there):
             got = repr(model) if there else f"neither in {folder}"
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
-        engine = cls(source, there[0] if model is None else model, chosen, dtype)
+        engine = cls(source, there[0] if model is None else model, chosen, dtype, mode or modes[0])
         engine._dit(engine.model)
         return engine
 
@@ -236,10 +239,11 @@ class Engine:
         with watch.stage("audio"):
             return video, self._audio_codec.decode(latents.audio).cpu()
 
-    def _dit(self, name: ModelName) -> DiT:
+    def _dit(self, name: ModelName) -> DiT | FusedDiT:
         if name not in self._dits:
             self._check_channels(name)
-            self._dits[name] = self._source.dit(name)
+            model = self._source.dit(name)
+            self._dits[name] = FusedDiT(model) if self.mode == "fused" else model
         return self._dits[name]
 
     def _check_channels(self, name: ModelName) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from horsepower.runtime.fused import FusedDiT
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.sampling import Noise, SamplerName, sampler, schedule, zero_snr_signal
 from horsepower.runtime.tokens import CoordsStyle, Grid, coordinates, patchify, unpatchify
@@ -94,7 +95,7 @@ def prepare(grid: Grid, noise: Noise, device: torch.device | str, audio: Tensor 
 
 
 def denoise(
-    model: DiT,
+    model: DiT | FusedDiT,
     latents: Latents,
     texts: Texts,
     stage: Stage,
@@ -126,7 +127,7 @@ def denoise(
 
 
 def _predictor(
-    model: DiT, latents: Latents, texts: Texts, stage: Stage
+    model: DiT | FusedDiT, latents: Latents, texts: Texts, stage: Stage
 ) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     """The velocity as a function of video, audio and timestep; what is constant over the stage is computed here."""
     grid, device = latents.grid, latents.video.device
@@ -178,7 +179,7 @@ def upscale(latents: Latents, grid: Grid, noise: Noise, settings: Upscale) -> La
 
 
 def super_resolve(
-    model: DiT,
+    model: DiT | FusedDiT,
     latents: Latents,
     grid: Grid,
     texts: Texts,

@@ -43,10 +43,12 @@ def fuse_add_norm(graph: Graph) -> None:
         if any(c != all_counts[0] for c in all_counts):
             graph.refuse("fuse_add_norm", node, "projection and norms split the rows differently")
             continue
-        if dtype_of(total) != torch.promote_types(dtype_of(residual), dtype_of(linear)):
+        if not _narrower(dtype_of(residual), dtype_of(total)) or not _narrower(dtype_of(linear), dtype_of(total)):
             graph.refuse("fuse_add_norm", node, f"the sum is kept in {dtype_of(total)}")
             continue
         with graph.nodes.inserting_before(total):
+            if dtype_of(residual) != dtype_of(total):
+                residual = graph.call(aten.to.dtype, residual, dtype_of(total), like=node)
             fused = graph.call(
                 FUSED, x, weight, linear_experts, residual, branch.post_gain, gain, all_counts[0] if all_counts else [],
                 eps, dtype, like=node,
@@ -55,6 +57,11 @@ def fuse_add_norm(graph: Graph) -> None:
         total.replace_all_uses_with(new_sum)
         node.replace_all_uses_with(normed)
         graph.take("fuse_add_norm", fused)
+
+
+def _narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
+    """Whether the second dtype holds all values of the first."""
+    return torch.promote_types(dtype, than) == than
 
 
 def _is_sum(node: object) -> bool:

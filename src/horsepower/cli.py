@@ -56,6 +56,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--preset", default="foal", choices=("foal",), help="built-in model (default: %(default)s)")
     where.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints")
+    parser.add_argument("--mode", choices=("fused", "eager"), help="how models run (default: fused on a CPU)")
     parser.add_argument("--variant", choices=("distill", "base"), help="model of that folder (default: distill)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument(
@@ -109,7 +110,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         open_image(request.image)
     if request.audio is not None:
         read_audio(request.audio, request.duration)
-    engine = Engine.from_pretrained(arguments.model or arguments.preset, arguments.variant, arguments.device)
+    where = (arguments.model or arguments.preset, arguments.variant, arguments.device)
+    engine = Engine.from_pretrained(*where, mode=arguments.mode)
     result = engine.run(request, None if arguments.quiet or not sys.stderr.isatty() else _show)
     result.save(output)
     if not arguments.quiet:

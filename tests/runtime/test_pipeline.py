@@ -7,6 +7,7 @@ import torch
 
 from horsepower.runtime.engine import SUPER_RESOLUTION
 from horsepower.runtime.foal import generate
+from horsepower.runtime.fused import FusedDiT
 from horsepower.runtime.models import attention, dit
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
@@ -81,18 +82,19 @@ def test_end_to_end_as_recorded(case, monkeypatch):
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("mode", ["eager", "fused"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_end_to_end_with_the_models_own_attention(case):
+def test_end_to_end_with_the_models_own_attention(case, mode):
     """8 %, for guidance multiplies a kernel's rounding; more only where the reference itself strays a third as far."""
     floor = case.info.get("rel_l2_other_attention_kernel", 0.0)
     floor = max(floor.values()) if isinstance(floor, dict) else floor
-    results = end_to_end(case)
+    results = end_to_end(case, FusedDiT if mode == "fused" else lambda model: model)
     for name in ("final.video", "final.audio"):
         assert relative_error(*results[name]) < max(0.08, 3 * floor), name
 
 
-def end_to_end(case: Recording) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Run the recorded clip; every tensor that was recorded on the way, as it is here and as it was there."""
+def end_to_end(case: Recording, prepared=lambda model: model) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Run the recorded clip with models so prepared; every tensor recorded on the way, as it is here and was there."""
     settings, info, results = case.info["evaluation_config"], case.info, {}
     window = settings["data_proxy_config"]["frame_receptive_field"]
     texts = Texts(case["ctx"][0, : info["ctx_len"]], case["ctx_null"][0, : info["ctx_null_len"]])
@@ -110,14 +112,14 @@ def end_to_end(case: Recording) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     note("base.in", start)
     base = load(case.sibling(info["base_weights"]), [], window)
     keep = given is not None and stage.guidance is not None
-    latents = denoise(base, start, texts, stage, noise, watch, case.tensors.get("image.base"), keep)
+    latents = denoise(prepared(base), start, texts, stage, noise, watch, case.tensors.get("image.base"), keep)
     note("base.out", latents)
     if info["sr_weights"]:
         model = load(case.sibling(info["sr_weights"]), info.get("local_attn_layers", []), window)
         final = Grid.of(*info["sr_width_height"], audio)
         how = Upscale(settings["noise_value"], settings["sr_audio_noise_scale"])
         image = case.tensors.get("image.sr")
-        latents = super_resolve(model, latents, final, texts, sr_stage(settings), noise, watch, image, how)
+        latents = super_resolve(prepared(model), latents, final, texts, sr_stage(settings), noise, watch, image, how)
     note("final", latents)
     with pytest.raises(ValueError, match="end of the recording"):  # every draw was used
         noise((1,))

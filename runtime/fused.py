@@ -1,0 +1,55 @@
+"""The DiT behind the compiler: `condition` as it is, `velocity` as one fused plan for all lengths."""
+
+import torch
+from torch import Tensor
+
+from horsepower.runtime.compiled import compile
+from horsepower.runtime.models.dit import Condition, DiT
+from horsepower.runtime.models.dit_config import DiTConfig
+
+_ANY = torch.export.Dim.DYNAMIC
+_ROWS = {0: _ANY}
+
+
+def expected_fusions(config: DiTConfig) -> dict[str, int]:
+    """Sites that each pass must take: every half of every layer, and every norm that follows a sum."""
+    layers = config.num_layers
+    return {
+        "fuse_qkv": layers,
+        "fuse_gate": 0 if config.gating == "none" else layers,
+        "fuse_activation": layers,
+        "fuse_add_norm": 2 * layers - 1,  # the last sum is split into video and audio before it is normed
+    }
+
+
+class FusedDiT:
+    """Stands where a DiT stands in the pipeline. Compiling takes seconds, once; new lengths do not compile again.
+
+    Raises ValueError if a fusion that the model family expects does not happen.
+    """
+
+    def __init__(self, model: DiT):
+        config, device = model.config, model.final_linear_video.weight.device
+        master = model.final_linear_video.weight.dtype
+        counts = (6, 5, 4)  # any distinct ones
+        condition = Condition(
+            torch.empty(counts[2], config.hidden_size, dtype=config.params_dtype, device=device),
+            torch.empty(sum(counts), 6 * (config.head_dim // 8), dtype=master, device=device),
+        )
+        video, audio = (
+            torch.empty(count, channels, dtype=master, device=device)
+            for count, channels in zip(counts, (config.video_in_channels, config.audio_in_channels), strict=False)
+        )
+        self.condition = model.condition
+        self.compiled = compile(
+            model,
+            (video, audio, condition, 3),
+            dynamic_shapes=(_ROWS, _ROWS, Condition(_ROWS, _ROWS), _ANY),  # type: ignore[arg-type]
+            expect=expected_fusions(config),
+            method="velocity",
+        )
+
+    def velocity(self, video: Tensor, audio: Tensor, condition: Condition, frames: int) -> tuple[Tensor, Tensor]:
+        """As `DiT.velocity`."""
+        result: tuple[Tensor, Tensor] = self.compiled(video, audio, condition, frames)
+        return result
