@@ -94,21 +94,22 @@ def capture(
 
 def _prepared(module: nn.Module, method: str) -> nn.Module:
     """The module with its blocks marked. Copies share all tensors; the module given stays as it is."""
-    kinds = repeats.find(module)
-    root = _shallow(module)
+    copies = {"": _shallow(module)}
+
+    def copied(path: str) -> nn.Module:
+        if path not in copies:
+            up, _, name = path.rpartition(".")
+            parent = copied(up)
+            copies[path] = _shallow(parent._modules[name])
+            parent._modules[name] = copies[path]
+        return copies[path]
+
+    for path, kind in repeats.find(module).items():
+        block = copied(path)
+        block.__dict__["forward"] = _marked(block, kind, path)
+    root = copies[""]
     if method != "forward":
         root.__dict__["forward"] = getattr(type(module), method).__get__(root)
-    for path, kind in kinds.items():
-        *parents, name = path.split(".")
-        parent = root
-        for step in parents:
-            if step not in parent.__dict__.setdefault("_copied", set()):
-                parent.__dict__["_copied"].add(step)
-                parent._modules[step] = _shallow(parent._modules[step])
-            parent = parent._modules[step]  # type: ignore[assignment]
-        block = _shallow(parent._modules[name])
-        block.__dict__["forward"] = _marked(block, kind, path)
-        parent._modules[name] = block
     return root
 
 

@@ -80,7 +80,7 @@ def fused(
         parts: list[Cost] = []
 
         def count(target: Any, *arguments: Any) -> Any:
-            name = target.name().removeprefix("horsepower::")
+            name = str(target).removeprefix("horsepower.").removesuffix(".default")
             if name in OPS:
                 parts.append(OPS[name].cost(*arguments))
             return target(*arguments)
