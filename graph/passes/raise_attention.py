@@ -32,6 +32,12 @@ def raise_attention(graph: Graph) -> None:
                 graph.refuse("raise_attention", sdpa, "it has a mask, dropout, a causal order, a scale or a batch")
                 continue
             q, k, v = (hole["x"] for hole in holes if hole)
+            if (
+                str(q.meta["val"].shape[::2]) != str(k.meta["val"].shape[::2])
+                or k.meta["val"].shape != v.meta["val"].shape
+            ):
+                graph.refuse("raise_attention", sdpa, "queries, keys and values are not of one sequence")
+                continue
             frames, video, window = 1, 0, -1
         else:
             continue

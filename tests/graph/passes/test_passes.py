@@ -110,6 +110,20 @@ def test_what_only_looks_alike_is_left(change, activation, add_norm):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+class Cross(nn.Module):
+    def forward(self, q, k):
+        q, k = (x.transpose(0, 1)[None] for x in (q, k))
+        return F.scaled_dot_product_attention(q, k, k)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize(("keys", "taken"), [(5, 1), (7, 0)])
+def test_attention_to_another_sequence_is_left(keys, taken):
+    q, k = torch.randn(5, 2, 8), torch.randn(keys, 2, 8)
+    graph = passes.run(capture(Cross(), (q, k)))
+    assert graph.taken("raise_attention") == taken
+    torch.testing.assert_close(graph.run({}, q, k), Cross()(q, k))
+
+
 def test_a_broken_graph_is_found():
     graph = capture(Branch(), (torch.randn(5, 8),))
     last = [node for node in graph.nodes.nodes if node.op == "call_function"][-1]
