@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from horsepower.graph.contract import Contract, contract_of
 from horsepower.graph.graph import Graph, Site
-from horsepower.kernels.ops import OPS
+from horsepower.kernels.registry import op_of
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def name_of(target: Any) -> str:
 
 def operator_of(name: str) -> Callable[..., Any]:
     """The inverse of `name_of`; an op of ours is called without a detour through torch. Raises ValueError."""
-    namespace, *path = name.split(".")
-    if namespace == "horsepower" and (op := OPS.get(path[0])):
+    if op := op_of(name):
         return op.single_result if op.single else op
+    namespace, *path = name.split(".")
     found: Any = {"operator": operator}.get(namespace) or getattr(torch.ops, namespace)
     for step in path:
         found = getattr(found, step, None)

@@ -14,6 +14,5 @@ from horsepower.kernels import (  # noqa: F401 importing an op registers it
     rms_norm,
     rope,
 )
-from horsepower.kernels.registry import OPS as OPS
 
 ops = torch.ops.horsepower

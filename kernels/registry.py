@@ -80,9 +80,8 @@ def fused(
         parts: list[Cost] = []
 
         def count(target: Any, *arguments: Any) -> Any:
-            name = str(target).removeprefix("horsepower.").removesuffix(".default")
-            if name in OPS:
-                parts.append(OPS[name].cost(*arguments))
+            if op := op_of(str(target)):
+                parts.append(op.cost(*arguments))
             return target(*arguments)
 
         expand(count, *inputs)
@@ -93,6 +92,12 @@ def fused(
 
 OPS: dict[str, Op] = {}
 _LIBRARY = torch.library.Library("horsepower", "FRAGMENT")
+
+
+def op_of(target: str) -> Op | None:
+    """The op behind the name of a torch operator, such as horsepower.linear.default; None if it is none of ours."""
+    namespace, _, name = target.partition(".")
+    return OPS.get(name.removesuffix(".default")) if namespace == "horsepower" else None
 
 
 def register(op: Op) -> Op:

@@ -5,13 +5,13 @@ import operator
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of
-from horsepower.kernels.registry import OPS
+from horsepower.kernels.registry import op_of
 
 
 def lower(graph: Graph) -> None:
     for node in list(graph.nodes.nodes):
-        op = OPS.get(str(node.target).removeprefix("horsepower.").removesuffix(".default"))
-        if node.op != "call_function" or op is None or op.expand is None:
+        op = op_of(str(node.target))
+        if op is None or op.expand is None:
             continue
 
         def call(target, *args, like: fx.Node = node) -> fx.Node:  # type: ignore[no-untyped-def]
