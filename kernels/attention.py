@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from horsepower import _native
-from horsepower.kernels.modality import check_counts
-from horsepower.kernels.native_library import ISAS, threads
+from horsepower.kernels.modality import check_counts, first_rows
+from horsepower.kernels.native_library import ISAS, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 
 SCHEMA = (
@@ -94,13 +94,9 @@ def native_supports(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: ob
     if ISAS[0] == "portable":
         return "torch's attention is twice as fast as the portable one"
     given = (q, k, v) if gate is None else (q, k, v, gate)
-    if any(x.device.type != "cpu" for x in given):
-        return "not on the CPU"
     if any(x.dtype not in (torch.float32, torch.bfloat16) for x in given):
         return "neither float32 nor bfloat16"
-    if any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in given):
-        return "the last dimension is not contiguous"
-    return None
+    return refuses(*given)
 
 
 def native_workspace(q: Tensor, k: Tensor, *_: object, isa: str = ISAS[0]) -> int:
@@ -119,6 +115,7 @@ def native(
     """
     L, Hq, D = q.shape
     own = gate is not None and gate.ndim == 1 and experts != 1  # a gate for each modality
+    second, third = first_rows(own, counts, L)
     ranges: list[int] = []
     for rows, keys in key_ranges(frames, video, window, L):
         for part in (rows, *keys, slice(0, 0))[:3]:
@@ -138,8 +135,8 @@ def native(
         v.stride(0),
         v.stride(1),
         gate.stride(0) if gate is not None and gate.ndim == 2 else 0,
-        counts[0] if own else L,
-        counts[0] + counts[1] if own else L,
+        second,
+        third,
         ranges,
         L,
         Hq,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from horsepower.kernels.modality import by_modality, check_counts
+from horsepower.kernels.modality import by_modality, check_experts
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 
 SCHEMA = "(Tensor x, Tensor weight, int experts, SymInt[] counts) -> Tensor"
@@ -21,8 +21,7 @@ def outputs(x: Tensor, weight: Tensor, experts: int, counts: Sequence[int]) -> t
         raise ValueError(
             f"weight: got {list(weight.shape)} {weight.dtype}, allowed: [{experts} O, {x.shape[-1]}] {x.dtype}"
         )
-    if experts != 1:
-        check_counts(counts, x.shape[0])
+    check_experts(experts, counts, x.shape[0])
     return (x.new_empty((*x.shape[:-1], weight.shape[0] // experts)),)
 
 

@@ -46,4 +46,4 @@ def cost(x: Tensor, rope: Tensor, dtype: torch.dtype) -> Cost:
     return Cost(flops=3 * turned, bytes=x.numel() * (x.itemsize + dtype.itemsize) + rope.numel() * rope.itemsize)
 
 
-ROPE = register(Op("rope", SCHEMA, outputs, reference, cost, kernels=()))
+ROPE = register(Op("rope", SCHEMA, outputs, reference, cost))
