@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
+
+from horsepower.graph.graph import dtype_of
 
 Found = dict[str, Any]
 
@@ -65,6 +68,19 @@ class Cast:
 def is_cast(node: Any) -> bool:
     """Whether a node only changes the dtype."""
     return isinstance(node, fx.Node) and str(node.target) == "aten.to.dtype"
+
+
+def before_widening(node: Any) -> Any:
+    """What a cast to at least float32 widens; any other node itself. For ops that widen what they read."""
+    if is_cast(node) and torch.promote_types(dtype_of(node.args[0]), torch.float32) == dtype_of(node):
+        return node.args[0]
+    return node
+
+
+def after_cast(node: fx.Node) -> fx.Node:
+    """The cast that alone reads a node, else the node. For ops that cast what they return."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and is_cast(users[0]) else node
 
 
 def _bind(patterns: Any, values: Any, found: Found) -> Iterator[Found]:

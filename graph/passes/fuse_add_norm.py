@@ -1,7 +1,7 @@
 """A projection, its addition to the residual and the norm that follows, in this layer or the next, become one op.
 
-Proves: the sum is the one that is normed. A norm of the branch before the addition (post-norm) goes with it. Between
-projection and sum the float32 of the fused op replaces a rounding.
+Proves: the sum is the one that is normed. A norm of the branch before the addition (post-norm) goes with it; what it
+was rounded to in between stays in float32.
 """
 
 import operator

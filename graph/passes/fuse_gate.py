@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import Call, Cast, Found, Hole, is_cast
+from horsepower.graph.pattern import Call, Cast, Found, Hole, after_cast
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -41,8 +41,7 @@ def fuse_gate(graph: Graph) -> None:
         if o.args[3] is not None or len(o.users) != 1:
             graph.refuse("fuse_gate", node, "the attention has another gate or further uses")
             continue
-        users = list(node.users)
-        last = users[0] if len(users) == 1 and is_cast(users[0]) else node
+        last = after_cast(node)
         if dtype_of(last) != dtype_of(o):
             graph.refuse("fuse_gate", node, f"the gated heads stay in {dtype_of(last)}")
             continue

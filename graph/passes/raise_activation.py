@@ -5,7 +5,7 @@ import sys
 import torch
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import Call, Hole, is_cast
+from horsepower.graph.pattern import Call, Hole, after_cast, before_widening
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -40,12 +40,9 @@ def raise_activation(graph: Graph) -> None:
             if kind == "swiglu7" and found["last"] != u.meta["val"].ndim - 1:
                 graph.refuse("raise_activation", node, "the pairs are not in the last dimension")
                 continue
-            if is_cast(u) and torch.promote_types(dtype_of(u.args[0]), torch.float32) == dtype_of(u):
-                u = u.args[0]
-            users = list(node.users)
-            last = users[0] if len(users) == 1 and is_cast(users[0]) else node
+            last = after_cast(node)
             with graph.nodes.inserting_before(last):
-                new = graph.call(ACTIVATION, u, kind, dtype_of(last), like=node)
+                new = graph.call(ACTIVATION, before_widening(u), kind, dtype_of(last), like=node)
             last.replace_all_uses_with(new)
             graph.take("raise_activation", new)
         graph.sweep()

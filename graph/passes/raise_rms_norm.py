@@ -8,7 +8,7 @@ from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
 from horsepower.graph.modality import match_experts
-from horsepower.graph.pattern import is_cast
+from horsepower.graph.pattern import after_cast, before_widening
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -33,16 +33,11 @@ def _raise(graph: Graph, node: fx.Node, x, gain, experts: int, counts, call: fx.
     if len(call.args[1]) != 1:  # type: ignore[arg-type]
         graph.refuse("raise_rms_norm", node, "it norms more than the last dimension")
         return
-    if is_cast(x) and torch.promote_types(dtype_of(x.args[0]), torch.float32) == dtype_of(x):
-        x = x.args[0]
-    last, dtype = node, dtype_of(node)
-    users = list(node.users)
-    if len(users) == 1 and is_cast(users[0]):
-        last, dtype = users[0], dtype_of(users[0])
+    x, last = before_widening(x), after_cast(node)
     if torch.promote_types(dtype_of(x), torch.float32) not in (dtype_of(node), torch.float32):
         graph.refuse("raise_rms_norm", node, f"it is computed in {dtype_of(node)}")
         return
     with graph.nodes.inserting_before(last):
-        new = graph.call(RMS_NORM, x, gain, experts, counts, call.args[3], dtype, like=call)
+        new = graph.call(RMS_NORM, x, gain, experts, counts, call.args[3], dtype_of(last), like=call)
     last.replace_all_uses_with(new)
     graph.take("raise_rms_norm", new)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import Call, Hole, is_cast
+from horsepower.graph.pattern import Call, Hole, after_cast
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -39,8 +39,7 @@ ROTATED = Call(
 def raise_rope(graph: Graph) -> None:
     for node in graph.nodes.nodes:
         if found := ROTATED.match(node):
-            users = list(node.users)
-            last = users[0] if len(users) == 1 and is_cast(users[0]) else node
+            last = after_cast(node)
             with graph.nodes.inserting_before(last):
                 new = graph.call(ROPE, found["x"], found["rope"], dtype_of(last), like=node)
             last.replace_all_uses_with(new)
