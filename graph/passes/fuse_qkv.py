@@ -40,7 +40,7 @@ def fuse_qkv(graph: Graph) -> None:
             continue
         k, found_k = keys[u]
         D = found["head_dim"]
-        heads_q, heads_kv, *_rest = (width // D for width in found["widths"])
+        heads_q, heads_kv = (width // D for width in found["widths"][:2])
         x, weight, linear_experts, counts = u.args
         split = next(user for user in u.users if user.target is aten.split_with_sizes.default)
         with graph.nodes.inserting_before(split):
@@ -69,6 +69,8 @@ def _refusal(u: fx.Node, q: dict, k: tuple[fx.Node, dict] | None) -> str | None:
         return "queries and keys differ in table, experts, epsilon or dtype"
     if q["experts"] != u.args[2] or q["dtype"] != dtype_of(u):
         return "projection and norms differ in experts or dtype"
+    if len(q["widths"]) < 3:
+        return "there are no values beside queries and keys"
     if u.meta["val"].ndim != 2 or sum(q["widths"]) != value_of(u).shape[1]:
         return "the projection is not [tokens, columns]"
     if len(u.users) != 1:
