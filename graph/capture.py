@@ -83,12 +83,13 @@ def capture(
             program = torch.export.export(
                 _prepared(module, method), args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
             )
-    except Exception as error:
+    except Exception as error:  # the module's own code runs in there, and may raise anything
         raise CaptureError(_explained(module, error)) from error
     finally:
         _tracing.reset(token)
     graph = _graph_of(program, len(tracing.outputs))
     _stamp(graph.nodes)
+    graph.sweep()
     return graph
 
 
@@ -139,7 +140,7 @@ def _marked(block: nn.Module, kind: Hashable, path: str) -> Callable[..., Any]:
         inner_args, inner_kwargs = pytree.tree_unflatten(inner, spec)
         results, out_spec = pytree.tree_flatten(forward(*inner_args, **inner_kwargs))
         if not all(isinstance(result, Tensor) for result in results):
-            return forward(*args, **kwargs)  # traced where it stands; the marked region falls dead
+            return forward(*args, **kwargs)  # traced where it stands; the marked region is swept
         outputs = _LEAVE(results, path)
         # Tracing may have found that two sizes are one: later blocks are called with the simpler name.
         tracing.regions[key] = tracing.regions[_key(kind, spec, leaves)] = path

@@ -17,12 +17,11 @@ def find(root: nn.Module) -> dict[str, Hashable]:
     Two blocks are equal if their classes, plain attributes and the shapes, strides and dtypes of their tensors are. A
     block with hooks, or that shares a tensor with another place, is left to be traced where it stands.
     """
-    owners = Counter(id(x) for x in _tensors(root, remove_duplicate=False))
+    owners = Counter(id(x) for x in _tensors(root))
     kinds = {
         path: kind
         for path, block in _elements(root)
-        if all(owners[id(x)] == 1 for x in _tensors(block, remove_duplicate=False))
-        and (kind := signature(block)) is not None
+        if all(owners[id(x)] == 1 for x in _tensors(block)) and (kind := signature(block)) is not None
     }
     count = Counter(kinds.values())
     repeated = {path: kind for path, kind in kinds.items() if count[kind] > 1}
@@ -69,8 +68,7 @@ def _elements(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{path}.{name}" if path else name, child
 
 
-def _tensors(module: nn.Module, remove_duplicate: bool) -> Iterator[torch.Tensor]:
-    yield from (
-        module.parameters() if remove_duplicate else (x for _, x in module.named_parameters(remove_duplicate=False))
-    )
-    yield from (x for _, x in module.named_buffers(remove_duplicate=remove_duplicate))
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Every parameter and buffer, as often as it has names."""
+    yield from (x for _, x in module.named_parameters(remove_duplicate=False))
+    yield from (x for _, x in module.named_buffers(remove_duplicate=False))

@@ -109,7 +109,29 @@ class Pairs(Stack):
         return x - y
 
 
-@pytest.mark.parametrize(("stack", "kinds"), [(Stack, 2), (Pairs, 1)])
+class Nothing(Stack):
+    """Blocks that return None beside a tensor: no kind of them is marked."""
+
+    def __init__(self, *blocks):
+        super().__init__(*map(WithNone, blocks))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x, none = block(x)
+            assert none is None
+        return x
+
+
+class WithNone(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x), None
+
+
+@pytest.mark.parametrize(("stack", "kinds"), [(Stack, 2), (Pairs, 1), (Nothing, 0)])
 def test_blocks_with_keywords_and_several_results(stack, kinds):
     torch.manual_seed(0)
     module, x = stack(*(Block() for _ in range(5))), torch.randn(3, 4)
