@@ -50,8 +50,8 @@ def random_inputs(config: DiTConfig, frames: int, tokens: int, audio: int, text:
     return (*parts, coords)
 
 
-def variant(name: str, base: DiTConfig = TINY) -> DiTConfig:
-    return replace(base, **VARIANTS[name])
+def variant(name: str) -> DiTConfig:
+    return replace(TINY, **VARIANTS[name])
 
 
 def compiled(model: DiT, expect: dict[str, int] | None = None) -> Compiled:
