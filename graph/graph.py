@@ -41,6 +41,11 @@ class Graph:
         node.meta = {"module": like.meta["module"], "val": target(*value_of(args))}
         return node
 
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let a value take another's place; `meta["origin"]` keeps the name that it had when it was captured."""
+        new.meta["origin"] = old.meta.get("origin", old.name)
+        old.replace_all_uses_with(new)
+
     def fixed(self) -> set[fx.Node]:
         """Calls that depend on weights alone."""
         known: set[fx.Node] = set()

@@ -1,7 +1,7 @@
 """`compile(module, example_inputs)`: a module in, the same function as one fused plan out."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,6 +71,7 @@ def compile(
     dynamic_shapes: Any = None,
     expect: Mapping[str, int] | None = None,
     method: str = "forward",
+    only: Sequence[passes.Pass] = passes.PASSES,
 ) -> Compiled:
     """Capture `module.method`, fuse what can be fused, and plan it.
 
@@ -78,10 +79,11 @@ def compile(
     and at least 2.
     dynamic_shapes: as for `torch.export.export`; sizes that it leaves out are fixed.
     expect: sites that each pass must take, by the name of the pass.
+    only: the passes to run, in order; fewer of them show what each gains.
     Raises CaptureError for code that cannot be one graph, and ValueError if a fusion that is expected does not happen.
     """
     start = time.perf_counter()
-    graph = passes.run(capture(module, example_inputs, example_keywords, dynamic_shapes, method))
+    graph = passes.run(capture(module, example_inputs, example_keywords, dynamic_shapes, method), only)
     plan = plan_of(graph)
     _require(plan, expect or {})
     return Compiled(module, plan, time.perf_counter() - start)

@@ -4,7 +4,7 @@ A pass is a function on a graph with a one-line statement of what it proves; it 
 that it refused. After each, what fell dead is swept and the graph is checked: it can be executed at every stage.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes.canonicalise import canonicalise
@@ -39,7 +39,7 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run(graph: Graph, passes: tuple[Pass, ...] = PASSES) -> Graph:
+def run(graph: Graph, passes: Sequence[Pass] = PASSES) -> Graph:
     """Apply the passes in order, in place; returns the graph."""
     for each in passes:
         each(graph)

@@ -18,5 +18,5 @@ def fuse_activation(graph: Graph) -> None:
             continue
         with graph.nodes.inserting_before(node):
             new = graph.call(FUSED, *u.args, kind, dtype, like=node)
-        node.replace_all_uses_with(new)
+        graph.replace(node, new)
         graph.take("fuse_activation", new)

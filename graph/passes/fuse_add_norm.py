@@ -54,8 +54,8 @@ def fuse_add_norm(graph: Graph) -> None:
                 eps, dtype, like=node,
             )  # fmt: skip
             new_sum, normed = (graph.call(operator.getitem, fused, i, like=node) for i in range(2))
-        total.replace_all_uses_with(new_sum)
-        node.replace_all_uses_with(normed)
+        graph.replace(total, new_sum)
+        graph.replace(node, normed)
         graph.take("fuse_add_norm", fused)
 
 

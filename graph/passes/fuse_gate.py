@@ -48,7 +48,7 @@ def fuse_gate(graph: Graph) -> None:
         q, k, v, _, _, _, *window = o.args
         with graph.nodes.inserting_before(last):
             new = graph.call(ATTENTION, q, k, v, found["gate"], experts, counts, *window, like=o)
-        last.replace_all_uses_with(new)
+        graph.replace(last, new)
         graph.take("fuse_gate", new)
 
 

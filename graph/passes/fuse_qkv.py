@@ -52,11 +52,11 @@ def fuse_qkv(graph: Graph) -> None:
             widths = found["widths"][2:]
             others = graph.call(aten.split_with_sizes.default, rest, widths, -1, like=q)
             parts = [graph.call(operator.getitem, others, i, like=q) for i in range(len(widths))]
-        q.replace_all_uses_with(new_q)
-        k.replace_all_uses_with(new_k)
+        graph.replace(q, new_q)
+        graph.replace(k, new_k)
         for item in list(split.users):
             if args_of(item)[1] >= 2:
-                item.replace_all_uses_with(parts[args_of(item)[1] - 2])
+                graph.replace(item, parts[args_of(item)[1] - 2])
         graph.take("fuse_qkv", fused)
 
 

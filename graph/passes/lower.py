@@ -20,8 +20,8 @@ def lower(graph: Graph) -> None:
         with graph.nodes.inserting_before(node):
             parts = op.expand(call, *node.args)
         if op.single:
-            node.replace_all_uses_with(parts[0])
+            graph.replace(node, parts[0])
         else:
             for item in list(node.users):
                 assert item.target is operator.getitem
-                item.replace_all_uses_with(parts[args_of(item)[1]])
+                graph.replace(item, parts[args_of(item)[1]])

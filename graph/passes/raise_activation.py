@@ -43,6 +43,6 @@ def raise_activation(graph: Graph) -> None:
             last = after_cast(node)
             with graph.nodes.inserting_before(last):
                 new = graph.call(ACTIVATION, before_widening(u), kind, dtype_of(last), like=node)
-            last.replace_all_uses_with(new)
+            graph.replace(last, new)
             graph.take("raise_activation", new)
         graph.sweep()

@@ -43,7 +43,7 @@ def raise_attention(graph: Graph) -> None:
             continue
         with graph.nodes.inserting_before(node):
             new = graph.call(ATTENTION, q, k, v, None, 1, [], frames, video, window, like=node)
-        node.replace_all_uses_with(new)
+        graph.replace(node, new)
         graph.take("raise_attention", new)
 
 

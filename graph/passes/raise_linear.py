@@ -15,7 +15,7 @@ def raise_linear(graph: Graph) -> None:
         if experts := match_experts(node, aten.linear.default, weight=1):
             with graph.nodes.inserting_before(node):
                 new = graph.call(LINEAR, experts.x, experts.stacked, 3, experts.counts, like=experts.first)
-            node.replace_all_uses_with(new)
+            graph.replace(node, new)
             graph.take("raise_linear", new)
     graph.sweep()
     for node in graph.nodes.nodes:
@@ -25,5 +25,5 @@ def raise_linear(graph: Graph) -> None:
                 continue
             with graph.nodes.inserting_before(node):
                 new = graph.call(LINEAR, *node.args[:2], 1, [], like=node)
-            node.replace_all_uses_with(new)
+            graph.replace(node, new)
             graph.take("raise_linear", new)

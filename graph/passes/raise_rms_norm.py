@@ -39,5 +39,5 @@ def _raise(graph: Graph, node: fx.Node, x, gain, experts: int, counts, call: fx.
         return
     with graph.nodes.inserting_before(last):
         new = graph.call(RMS_NORM, x, gain, experts, counts, call.args[3], dtype_of(last), like=call)
-    last.replace_all_uses_with(new)
+    graph.replace(last, new)
     graph.take("raise_rms_norm", new)

@@ -42,5 +42,5 @@ def raise_rope(graph: Graph) -> None:
             last = after_cast(node)
             with graph.nodes.inserting_before(last):
                 new = graph.call(ROPE, found["x"], found["rope"], dtype_of(last), like=node)
-            last.replace_all_uses_with(new)
+            graph.replace(last, new)
             graph.take("raise_rope", new)
