@@ -1,16 +1,15 @@
 """What a plan asks of its inputs: structure, dtypes, devices, ranks, and sizes that belong together."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
-import sympy
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from horsepower.graph.graph import Graph
-
-Size: TypeAlias = Any  # an int or a sympy expression of symbols
+from horsepower.graph.sizes import Size, TensorSpec, evaluate, renamed, size_of, symbol
 
 
 @dataclass(frozen=True)
@@ -18,12 +17,7 @@ class TensorRule:
     """An input tensor; a size that is a symbol is bound by the first input that has it."""
 
     name: str
-    dtype: torch.dtype
-    device: torch.device
-    shape: tuple[Size, ...]
-
-    def __str__(self) -> str:
-        return f"[{', '.join(map(str, self.shape))}] {str(self.dtype).removeprefix('torch.')} on {self.device}"
+    spec: TensorSpec  # strides are free
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class ConstantRule:
     value: object
 
 
-Rule = TensorRule | IntegerRule | ConstantRule
+Rule: TypeAlias = TensorRule | IntegerRule | ConstantRule
 
 
 @dataclass(frozen=True)
@@ -52,26 +46,32 @@ class Contract:
     spec: pytree.TreeSpec
     rules: tuple[Rule, ...]
 
-    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The flattened inputs. Raises ValueError naming the first that breaks its rule."""
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, int]]:
+        """The flattened inputs, and what each symbol stands for. Raises ValueError naming the first bad input."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             raise ValueError(f"inputs: got {_outline(spec)}, allowed: {_outline(self.spec)}, as compiled")
-        bound: dict[Size, int] = {}
+        bound: dict[str, int] = {}
         derived: list[tuple[str, Size, int]] = []
         for rule, given in zip(self.rules, flat, strict=True):
             for size, value in _sizes(rule, given):
                 if isinstance(size, int) or not size.is_Symbol:
                     derived.append((rule.name, size, value))
-                elif bound.setdefault(size, value) != value:
+                elif bound.setdefault(size.name, value) != value:
                     raise ValueError(
-                        f"{rule.name}: got a size of {value}, allowed: {bound[size]}, as the inputs before it"
+                        f"{rule.name}: got a size of {value}, allowed: {bound[size.name]}, as the inputs before it"
                     )
+        known = tuple(bound.items())
         for name, size, value in derived:
-            expected = size if isinstance(size, int) else int(size.xreplace(bound))
+            expected = size if isinstance(size, int) else _evaluated(size, known)
             if expected != value:
                 raise ValueError(f"{name}: got a size of {value}, allowed: {expected}")
-        return flat
+        return flat, bound
+
+
+@lru_cache(4096)
+def _evaluated(size: Size, bound: tuple[tuple[str, int], ...]) -> int:
+    return evaluate(size, dict(bound))
 
 
 def _sizes(rule: Rule, given: Any) -> list[tuple[Size, int]]:
@@ -85,30 +85,38 @@ def _sizes(rule: Rule, given: Any) -> list[tuple[Size, int]]:
             raise ValueError(f"{rule.name}: got {given!r}, allowed: an integer")
         return [(rule.value, given)]
     if not isinstance(given, Tensor):
-        raise ValueError(f"{rule.name}: got {type(given).__name__}, allowed: a tensor {rule}")
-    if given.dtype != rule.dtype or given.device != rule.device or given.ndim != len(rule.shape):
-        raise ValueError(f"{rule.name}: got {list(given.shape)} {given.dtype} on {given.device}, allowed: {rule}")
-    return list(zip(rule.shape, given.shape, strict=True))
+        raise ValueError(f"{rule.name}: got {type(given).__name__}, allowed: a tensor {rule.spec}")
+    spec = rule.spec
+    if given.dtype != spec.dtype or given.device != spec.device or given.ndim != len(spec.shape):
+        raise ValueError(f"{rule.name}: got {list(given.shape)} {given.dtype} on {given.device}, allowed: {spec}")
+    return list(zip(spec.shape, given.shape, strict=True))
 
 
-def contract_of(graph: Graph) -> Contract:
+def symbols_of(graph: Graph) -> Mapping[Size, Size]:
+    """The symbols of a trace under the names of the inputs that bring them: `video_0` rows of `video`."""
+    found: dict[Size, Size] = {}
+    for given in graph.inputs:
+        if isinstance(given, fx.Node):
+            value = given.meta["val"]
+            sizes = value.shape if isinstance(value, Tensor) else (value,)
+            names = [f"{given.name}_{i}" for i in range(len(sizes))] if isinstance(value, Tensor) else [given.name]
+            for name, size in zip(names, map(size_of, sizes), strict=True):
+                if not isinstance(size, int) and size.is_Symbol:
+                    found.setdefault(size, symbol(name))
+    return found
+
+
+def contract_of(graph: Graph, symbols: Mapping[Size, Size]) -> Contract:
     """The contract of a captured graph."""
     rules: list[Rule] = []
     for i, given in enumerate(graph.inputs):
         if not isinstance(given, fx.Node):
             rules.append(ConstantRule(f"input {i}", given))
         elif isinstance(value := given.meta["val"], Tensor):
-            rules.append(TensorRule(given.name, value.dtype, value.device, tuple(map(_size, value.shape))))
+            rules.append(TensorRule(given.name, TensorSpec.of(value, symbols)))
         else:
-            rules.append(IntegerRule(given.name, _size(value)))
+            rules.append(IntegerRule(given.name, renamed(size_of(value), symbols)))
     return Contract(graph.in_spec, tuple(rules))
-
-
-def _size(size: int | torch.SymInt) -> Size:
-    if isinstance(size, int):
-        return size
-    expression: Size = size.node.expr
-    return int(expression) if isinstance(expression, sympy.Integer) else expression
 
 
 def _outline(spec: pytree.TreeSpec) -> str:

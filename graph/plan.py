@@ -1,50 +1,25 @@
-"""The immutable Plan: what is computed once at load, then the ordered calls of each run.
+"""The immutable Plan: what is computed once at load, then the ordered calls of each run, and where results lie.
 
 Calls stand for operators by name and for values by name, so that a plan can be read, compared and stored.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from horsepower.graph.contract import Contract, contract_of
-from horsepower.graph.graph import Graph, Site
+from horsepower.graph.call import Call, Ref, Result, Weight, refs_in
+from horsepower.graph.contract import Contract, TensorRule, contract_of, symbols_of
+from horsepower.graph.graph import Graph, Site, value_of
+from horsepower.graph.memory import Layout, lay_out
+from horsepower.graph.operators import name_of
+from horsepower.graph.sizes import Size, TensorSpec
 from horsepower.kernels.registry import op_of
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A value made before: an input, a weight or the result of a call."""
-
-    name: str
-
-    @classmethod
-    def to(cls, node: fx.Node) -> Any:
-        return cls(node.name)
-
-    def __repr__(self) -> str:
-        return f"%{self.name}"
-
-
-@dataclass(frozen=True)
-class Call:
-    """`result = target(*args)`; afterwards the values in `frees` are needed no more."""
-
-    result: str
-    target: str
-    args: tuple[Any, ...]  # constants and Refs, in lists and tuples
-    kwargs: tuple[tuple[str, Any], ...]
-    frees: tuple[str, ...]
-    module: str  # of the model, where the call comes from
-
-    def __str__(self) -> str:
-        operands = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in self.kwargs)]
-        return f"%{self.result} = {self.target}({', '.join(operands)})"
 
 
 @dataclass(frozen=True)
@@ -53,7 +28,7 @@ class Plan:
 
     contract: Contract
     inputs: tuple[str | None, ...]  # names of the flattened inputs; None for what was taken for a constant
-    weights: tuple[tuple[str, str], ...]  # value and the parameter, buffer or constant that it is
+    weights: tuple[Weight, ...]
     constants: Mapping[str, Tensor]
     loads: tuple[Call, ...]  # computed once, from weights alone
     calls: tuple[Call, ...]
@@ -61,6 +36,28 @@ class Plan:
     out_spec: pytree.TreeSpec
     sites: tuple[Site, ...]
     traced: int  # repeated blocks that were traced, the others being stamped out
+
+    def at(self, sizes: Mapping[str, int]) -> Layout:
+        """Where results lie for sizes by their names in the contract, such as `video_0`.
+
+        Raises ValueError naming the sizes that are missing.
+        """
+        return lay_out(self.calls, self.outputs, self._specs, sizes)
+
+    @cached_property
+    def _specs(self) -> dict[str, TensorSpec]:
+        """Of every value that is one tensor."""
+        made = {call.result: call.spec for call in (*self.loads, *self.calls) if isinstance(call.spec, TensorSpec)}
+        given = {rule.name: rule.spec for rule in self.contract.rules if isinstance(rule, TensorRule)}
+        return {**{weight.value: weight.spec for weight in self.weights}, **given, **made}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights that the calls read, with those that are computed at load."""
+        read = {name for call in self.calls for name in call.reads} | set(refs_in(self.outputs))
+        given = [weight.spec for weight in self.weights if weight.value in read]
+        made = [spec for call in self.loads if call.result in read for spec in call.makes]
+        return sum(spec.bytes for spec in (*given, *made))
 
     def __str__(self) -> str:
         """One line a call, under the module that it comes from."""
@@ -79,36 +76,24 @@ class Plan:
         yield f"outputs {', '.join(map(repr, self.outputs))}"
 
 
-def name_of(target: Any) -> str:
-    """An operator's name: aten.linear.default, operator.getitem."""
-    return str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{target.__name__}"
-
-
-def operator_of(name: str) -> Callable[..., Any]:
-    """The inverse of `name_of`; an op of ours is called without a detour through torch. Raises ValueError."""
-    if op := op_of(name):
-        return op.single_result if op.single else op
-    namespace, *path = name.split(".")
-    found: Any = {"operator": operator}.get(namespace) or getattr(torch.ops, namespace)
-    for step in path:
-        found = getattr(found, step, None)
-    if not callable(found):
-        raise ValueError(f"plan: got the operator {name!r}, which this build does not know")
-    return found  # type: ignore[no-any-return]
-
-
 def plan_of(graph: Graph) -> Plan:
-    """The plan of a graph as it stands: its order, and where each value is needed last."""
+    """The plan of a graph as it stands: its order, and where each value is needed last.
+
+    Raises ValueError for a result whose size depends on the values of tensors.
+    """
     calls = [node for node in graph.nodes.nodes if node.op == "call_function"]
     fixed = graph.fixed()
     output = next(node for node in graph.nodes.nodes if node.op == "output")
     last = {value: node for node in calls for value in node.all_input_nodes}
     kept = {*output.all_input_nodes, *fixed, *(node for node in graph.nodes.nodes if node.op != "call_function")}
+    symbols = symbols_of(graph)
 
     def call(node: fx.Node) -> Call:
         frees = () if node in fixed else tuple(v.name for v in (*node.all_input_nodes, node) if _ends(v, node))
         args, kwargs = fx.map_arg((node.args, node.kwargs), Ref.to)
-        return Call(node.name, name_of(node.target), args, tuple(kwargs.items()), frees, node.meta["module"])
+        spec, views = _result(node, symbols), _is_view(node)
+        target = name_of(node.target)
+        return Call(node.name, target, args, tuple(kwargs.items()), spec, views, frees, node.meta["module"])
 
     def _ends(value: fx.Node, node: fx.Node) -> bool:
         return value not in kept and last.get(value, value) is node
@@ -116,9 +101,9 @@ def plan_of(graph: Graph) -> Plan:
     read = [node for node in graph.nodes.nodes if node.op == "get_attr"]
     outputs = fx.map_arg(output.args[0], Ref.to)
     return Plan(
-        contract_of(graph),
+        contract_of(graph, symbols),
         tuple(given.name if isinstance(given, fx.Node) else None for given in graph.inputs),
-        tuple((node.name, str(node.target)) for node in read),
+        tuple(Weight(node.name, str(node.target), TensorSpec.of(node.meta["val"], symbols)) for node in read),
         {str(node.target): graph.constants[str(node.target)] for node in read if str(node.target) in graph.constants},
         tuple(call(node) for node in calls if node in fixed),
         tuple(call(node) for node in calls if node not in fixed),
@@ -127,3 +112,24 @@ def plan_of(graph: Graph) -> Plan:
         tuple(graph.sites),
         graph.traced,
     )
+
+
+def _result(node: fx.Node, symbols: Mapping[Size, Size]) -> Result:
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return TensorSpec.of(value, symbols)
+    if isinstance(value, list | tuple) and all(isinstance(part, Tensor) for part in value):
+        return tuple(TensorSpec.of(part, symbols) for part in value)
+    return None
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result shares its memory with an argument: the schema alone does not say it of every operator."""
+    if node.target is operator.getitem:
+        return True
+    if op_of(str(node.target)) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    args, kwargs = value_of(node.args), value_of(node.kwargs)
+    given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    made = [x for x in pytree.tree_leaves(node.target(*args, **kwargs)) if isinstance(x, Tensor)]
+    return any(x.untyped_storage()._cdata in given for x in made)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Write = Callable[..., None]  # (outputs, workspace, *inputs)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -25,13 +27,14 @@ class Cost:
 class Kernel:
     """One way to compute an op. `supports` gives the reason against some inputs, or None; `run` fills the outputs.
 
-    `workspace` gives the bytes of scratch memory from sizes and dtypes alone, so that inputs of the largest shapes,
-    on any device, tell what to set aside. `run` gets them as a uint8 tensor at a multiple of 64 bytes; None without.
+    `workspace` gives the bytes of scratch memory from the tensors' sizes and dtypes alone, so that inputs of the
+    largest shapes, on any device, tell what to set aside. `run` gets them as a uint8 tensor at a multiple of 64 bytes;
+    None without.
     """
 
     name: str
     supports: Callable[..., str | None]
-    run: Callable[..., None]  # (outputs, workspace, *inputs)
+    run: Write
     workspace: Callable[..., int] | None = None
 
 
@@ -49,14 +52,34 @@ class Op:
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
         outputs = self.outputs(*inputs)  # refuses what does not belong together
-        for kernel in self.kernels:
-            if kernel.supports(*inputs) is None:
-                scratch = None
-                if kernel.workspace is not None:  # torch's CPU allocator aligns to 64 bytes, its CUDA allocator to 512
-                    scratch = outputs[0].new_empty(kernel.workspace(*inputs), dtype=torch.uint8)
-                kernel.run(outputs, scratch, *inputs)
-                return outputs
-        return self.reference(*inputs)
+        kernel = self.kernel(*inputs)
+        if kernel is None:
+            return self.reference(*inputs)
+        size = 0 if kernel.workspace is None else kernel.workspace(*inputs)
+        # torch's CPU allocator aligns to 64 bytes, its CUDA allocator to 512
+        kernel.run(outputs, outputs[0].new_empty(size, dtype=torch.uint8) if size else None, *inputs)
+        return outputs
+
+    def kernel(self, *inputs: Any) -> Kernel | None:
+        """The best kernel for these inputs; None if the reference has to do."""
+        return next((kernel for kernel in self.kernels if kernel.supports(*inputs) is None), None)
+
+    def workspace(self, *inputs: Any) -> int:
+        """Bytes of scratch memory that suffice for inputs of these sizes and dtypes, whatever kernel is chosen."""
+        return max((kernel.workspace(*inputs) for kernel in self.kernels if kernel.workspace is not None), default=0)
+
+    def writer(self, *inputs: Any) -> Write:
+        """How results for inputs like these are written into memory that is given."""
+        kernel = self.kernel(*inputs)
+        return self._write_reference if kernel is None else kernel.run
+
+    def write(self, outputs: tuple[Tensor, ...], workspace: Tensor | None, *inputs: Any) -> None:
+        """Write the results into the outputs, with `workspace(*inputs)` bytes of scratch memory."""
+        self.writer(*inputs)(outputs, workspace, *inputs)
+
+    def _write_reference(self, outputs: tuple[Tensor, ...], _workspace: Tensor | None, *inputs: Any) -> None:
+        for output, result in zip(outputs, self.reference(*inputs), strict=True):
+            output.copy_(result)
 
     @property
     def single(self) -> bool:

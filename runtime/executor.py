@@ -1,5 +1,6 @@
-"""Plan + weights + inputs -> outputs. Holds no state of a run, so that several threads may run one plan."""
+"""Plan + weights + inputs -> outputs, in an arena whose tensors are made once for each set of sizes."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,87 +8,198 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from horsepower.graph.plan import Call, Plan, Ref, operator_of
+from horsepower.graph.call import Call, Ref, refs_in
+from horsepower.graph.memory import Layout, Place
+from horsepower.graph.operators import operator_of, writer_of
+from horsepower.graph.plan import Plan
+from horsepower.kernels.registry import op_of
 
 Env = dict[str, Any]
+Step = Callable[[Env], None]
+Read = Callable[[Env], tuple[list[Any], dict[str, Any]]]
+
+PROGRAMS = 8  # sets of sizes that an arena remembers: a prompt has its own token count, and a clip several steps
+STRIDES = ("aten.sym_stride", "aten.sym_storage_offset")  # integers that equal sizes do not decide
 
 
 class Executor:
-    """A plan with its weights. What depends on weights alone is computed here, once."""
+    """A plan with its weights. What depends on weights alone is computed here, once.
+
+    Each thread that runs takes an arena of its own for as long as its call lasts; there are as many as ran at once.
+    """
 
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor]):
-        """`weights`: every parameter and buffer by name. Raises ValueError for a missing one."""
+        """`weights`: every parameter and buffer by name. Raises ValueError for a missing one, or another shape."""
         self.plan = plan
         known = {**weights, **plan.constants}
-        if missing := [name for _, name in plan.weights if name not in known]:
+        if missing := [weight.name for weight in plan.weights if weight.name not in known]:
             raise ValueError(f"weights: {missing[0]} is missing, and {len(missing) - 1} more")
-        self._fixed: Env = {value: known[name] for value, name in plan.weights}
+        for weight in plan.weights:
+            got = known[weight.name]
+            spec = weight.spec
+            if (tuple(got.shape), got.dtype, got.device) != (spec.shape, spec.dtype, spec.device):
+                raise ValueError(f"{weight.name}: got {list(got.shape)} {got.dtype} on {got.device}, allowed: {spec}")
+        fixed: Env = {weight.value: known[weight.name] for weight in plan.weights}
         with torch.no_grad():
-            for step in map(_bound, plan.loads):
-                step(self._fixed)
-        used = {ref for call in plan.calls for ref in _refs((call.args, call.kwargs))} | set(_refs(plan.outputs))
-        self._fixed = {name: value for name, value in self._fixed.items() if name in used}
-        self._steps = tuple(map(_bound, plan.calls))
-        self._own = {x.untyped_storage().data_ptr() for x in self._fixed.values() if isinstance(x, Tensor)}
+            for call in plan.loads:
+                _fresh(call, _reader(call, {}))(fixed)
+        used = {name for call in plan.calls for name in call.reads} | set(refs_in(plan.outputs))
+        self._fixed = {name: value for name, value in fixed.items() if name in used}
+        self._idle: list[_Arena] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Check the inputs, run the calls. Outputs share memory with nothing that the plan holds or was given.
 
         Raises ValueError for inputs that break the contract.
         """
-        given = self.plan.contract.check(args, kwargs)
-        env = dict(self._fixed)
-        env.update((name, value) for name, value in zip(self.plan.inputs, given, strict=True) if name)
-        with torch.no_grad():
-            for step in self._steps:
+        given, sizes = self.plan.contract.check(args, kwargs)
+        try:
+            arena = self._idle.pop()
+        except IndexError:
+            arena = _Arena(self.plan, self._fixed)
+        try:
+            with torch.no_grad():
+                flat = arena.run(given, sizes)
+        finally:
+            self._idle.append(arena)
+        return pytree.tree_unflatten(flat, self.plan.out_spec)
+
+
+class _Arena:
+    """Memory for one run at a time, and the programs that were made for it."""
+
+    def __init__(self, plan: Plan, fixed: Env):
+        self._plan, self._fixed = plan, fixed
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._programs: OrderedDict[tuple[int, ...], _Program] = OrderedDict()
+
+    def run(self, given: list[Any], sizes: Mapping[str, int]) -> list[Any]:
+        """The flattened outputs."""
+        key = tuple(sizes.values())
+        if (program := self._programs.get(key)) is None:
+            layout = self._plan.at(sizes)
+            if layout.arena > self._memory.numel():
+                self._programs.clear()  # they refer to the smaller arena
+                self._memory = torch.empty(layout.arena, dtype=torch.uint8, device=layout.device)
+            program = _Program(self._plan, self._fixed, layout, self._memory)
+            flat = program.record(given)
+            self._programs[key] = program
+            if len(self._programs) > PROGRAMS:
+                self._programs.popitem(last=False)
+            return flat
+        self._programs.move_to_end(key)
+        return program.run(given)
+
+
+class _Program:
+    """The calls at given sizes, bound to their memory.
+
+    Values are placed (in the arena, or a weight) or fresh (an input, or what an operator allocated). A call that reads
+    nothing fresh is bound once: its views are made, its kernel is chosen. Another is bound at each run.
+    """
+
+    def __init__(self, plan: Plan, fixed: Env, layout: Layout, memory: Tensor):
+        self._plan, self._layout, self._memory = plan, layout, memory
+        self._placed = dict(fixed)
+        self._steps: list[Step] = []
+        self._held = {x.untyped_storage().data_ptr() for x in (memory, *fixed.values()) if isinstance(x, Tensor)}
+
+    def record(self, given: list[Any]) -> list[Any]:
+        """The first run: bind and execute call by call."""
+        env = self._inputs(given)
+        for i, call in enumerate(self._plan.calls):
+            if step := self._bound(i, call, env):
                 step(env)
-        foreign = self._own | {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
-        flat = [env[value.name] if isinstance(value, Ref) else value for value in self.plan.outputs]
-        return pytree.tree_unflatten([_owned(value, foreign) for value in flat], self.plan.out_spec)
+                self._steps.append(step)
+        return self._outputs(env, given)
+
+    def run(self, given: list[Any]) -> list[Any]:
+        """A further run, with inputs of the same sizes."""
+        env = self._inputs(given)
+        for step in self._steps:
+            step(env)
+        return self._outputs(env, given)
+
+    def _inputs(self, given: list[Any]) -> Env:
+        return {name: value for name, value in zip(self._plan.inputs, given, strict=True) if name}
+
+    def _bound(self, i: int, call: Call, env: Env) -> Step | None:
+        """How to execute a call from now on; None if its result is the same in each run."""
+        read = _reader(call, self._placed)
+        is_size = call.spec is None and not call.target.startswith(STRIDES)
+        if not call.makes and (is_size or self._placed.keys() >= set(call.reads)):
+            args, kwargs = read(env)
+            self._placed[call.result] = operator_of(call.target)(*args, **kwargs)
+            return None
+        if (i, 0) not in self._layout.results:
+            return _fresh(call, read)
+        outputs = tuple(_tensor(self._memory, self._layout.results[i, k]) for k in range(len(call.makes)))
+        offset, size = self._layout.workspaces.get(i, (0, 0))
+        step = self._written(call, read, env, outputs, self._memory[offset : offset + size] if size else None)
+        self._placed[call.result] = outputs if isinstance(call.spec, tuple) else outputs[0]
+        return step
+
+    def _written(self, call: Call, read: Read, env: Env, outputs: tuple[Tensor, ...], workspace: Tensor | None) -> Step:
+        """A call that writes its results into given memory."""
+        args, kwargs = read(env)
+        if op := op_of(call.target):
+            op.outputs(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))  # refuses bad sizes
+        write, frees = writer_of(call.target), call.frees
+        assert write is not None
+        if self._placed.keys() >= set(call.reads):
+            best = op.writer(*args) if op else write
+            return lambda _: best(outputs, workspace, *args, **kwargs)
+
+        def step(env: Env) -> None:
+            args, kwargs = read(env)
+            write(outputs, workspace, *args, **kwargs)
+            for name in frees:
+                env.pop(name, None)
+
+        return step
+
+    def _outputs(self, env: Env, given: list[Any]) -> list[Any]:
+        """What the plan returns, copied if its memory is the plan's or the caller's."""
+        held = self._held | {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
+        values = {**env, **self._placed}
+        flat = [values[value.name] if isinstance(value, Ref) else value for value in self._plan.outputs]
+        return [x.clone() if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in held else x for x in flat]
 
 
-def _bound(call: Call) -> Callable[[Env], None]:
-    """A call with its operator looked up."""
+def _tensor(memory: Tensor, place: Place) -> Tensor:
+    """A place in memory as the tensor that it is."""
+    spec = place.spec
+    return memory[place.offset : place.offset + spec.bytes].view(spec.dtype).as_strided(spec.shape, spec.strides)
+
+
+def _fresh(call: Call, read: Read) -> Step:
+    """A call whose operator allocates its result, or views what is fresh."""
     run, result, frees = operator_of(call.target), call.result, call.frees
-    args, kwargs = _reader(call.args), dict(call.kwargs)
 
     def step(env: Env) -> None:
-        env[result] = run(*args(env), **kwargs)
+        args, kwargs = read(env)
+        env[result] = run(*args, **kwargs)
         for name in frees:
-            del env[name]
+            env.pop(name, None)
 
-    if any(True for _ in _refs(kwargs)):
-        named = {name: _reader(value) for name, value in kwargs.items()}
-
-        def step_named(env: Env) -> None:
-            env[result] = run(*args(env), **{name: read(env) for name, read in named.items()})
-            for name in frees:
-                del env[name]
-
-        return step_named
     return step
 
 
-def _reader(value: Any) -> Callable[[Env], Any]:
-    """How to get an argument out of the values made so far."""
+def _reader(call: Call, placed: Env) -> Read:
+    """How to get the arguments out of what is placed and what is fresh."""
+    args = [_value(arg, placed) for arg in call.args]
+    kwargs = [(name, _value(arg, placed)) for name, arg in call.kwargs]
+    return lambda env: ([get(env) for get in args], {name: get(env) for name, get in kwargs})
+
+
+def _value(value: Any, placed: Env) -> Callable[[Env], Any]:
     if isinstance(value, Ref):
-        return lambda env: env[value.name]
-    if isinstance(value, list | tuple) and any(True for _ in _refs(value)):
-        parts, kind = [_reader(part) for part in value], list if isinstance(value, list) else tuple
-        return lambda env: kind(read(env) for read in parts)
+        name = value.name
+        if name in placed:
+            found = placed[name]
+            return lambda env: found
+        return lambda env: env[name]
+    if isinstance(value, list | tuple):
+        parts, kind = [_value(part, placed) for part in value], list if isinstance(value, list) else tuple
+        return lambda env: kind(get(env) for get in parts)
     return lambda env: value
-
-
-def _refs(value: Any) -> Any:
-    """Names of all values in an argument."""
-    if isinstance(value, Ref):
-        yield value.name
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _refs(part)
-    elif isinstance(value, dict):
-        yield from _refs(list(value.values()))
-
-
-def _owned(value: Any, foreign: set[int]) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in foreign else value
