@@ -1,9 +1,12 @@
 """The DiT behind the compiler: `condition` as it is, `velocity` as one fused plan for all lengths."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from horsepower.runtime.compiled import compile
+from horsepower.graph import passes
+from horsepower.runtime.compiled import Compiled, compile
 from horsepower.runtime.models.dit import Condition, DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 
@@ -22,6 +25,31 @@ def expected_fusions(config: DiTConfig) -> dict[str, int]:
     }
 
 
+def compile_velocity(
+    model: DiT, only: Sequence[passes.Pass] = passes.PASSES, expect: Mapping[str, int] | None = None
+) -> Compiled:
+    """`model.velocity` as one plan for all lengths; the arguments are those of `compile`."""
+    config, device = model.config, model.final_linear_video.weight.device
+    master = model.final_linear_video.weight.dtype
+    counts = (6, 5, 4)  # any distinct ones
+    condition = Condition(
+        torch.empty(counts[2], config.hidden_size, dtype=config.params_dtype, device=device),
+        torch.empty(sum(counts), 6 * (config.head_dim // 8), dtype=master, device=device),
+    )
+    video, audio = (
+        torch.empty(count, channels, dtype=master, device=device)
+        for count, channels in zip(counts, (config.video_in_channels, config.audio_in_channels), strict=False)
+    )
+    return compile(
+        model,
+        (video, audio, condition, 3),
+        dynamic_shapes=(_ROWS, _ROWS, Condition(_ROWS, _ROWS), _ANY),  # type: ignore[arg-type]
+        expect=expect,
+        method="velocity",
+        only=only,
+    )
+
+
 class FusedDiT:
     """Stands where a DiT stands in the pipeline. Compiling takes seconds, once; new lengths do not compile again.
 
@@ -29,25 +57,8 @@ class FusedDiT:
     """
 
     def __init__(self, model: DiT):
-        config, device = model.config, model.final_linear_video.weight.device
-        master = model.final_linear_video.weight.dtype
-        counts = (6, 5, 4)  # any distinct ones
-        condition = Condition(
-            torch.empty(counts[2], config.hidden_size, dtype=config.params_dtype, device=device),
-            torch.empty(sum(counts), 6 * (config.head_dim // 8), dtype=master, device=device),
-        )
-        video, audio = (
-            torch.empty(count, channels, dtype=master, device=device)
-            for count, channels in zip(counts, (config.video_in_channels, config.audio_in_channels), strict=False)
-        )
         self.condition = model.condition
-        self.compiled = compile(
-            model,
-            (video, audio, condition, 3),
-            dynamic_shapes=(_ROWS, _ROWS, Condition(_ROWS, _ROWS), _ANY),  # type: ignore[arg-type]
-            expect=expected_fusions(config),
-            method="velocity",
-        )
+        self.compiled = compile_velocity(model, expect=expected_fusions(model.config))
 
     def velocity(self, video: Tensor, audio: Tensor, condition: Condition, frames: int) -> tuple[Tensor, Tensor]:
         """As `DiT.velocity`."""
