@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from horsepower.bench.live import live_peak
+from horsepower.bench.live import allocated_peak, live_peak
+from horsepower.runtime.fused import FusedDiT
+from models import random_inputs, random_model, variant
 
 UNIT = 4 * 1000  # bytes of a float32 tensor of 1000
 BEFORE = torch.ones(1000)
@@ -93,6 +95,31 @@ def test_what_stays_alive_after_a_run_is_not_in_the_next():
         assert live_peak(lambda: kept_alive.append(BEFORE + 1)) == UNIT
     assert live_peak(lambda: kept_alive[0] + 1) == UNIT
     assert live_peak(lambda: kept_alive[0].view(-1)) == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_both_counts_agree_on_a_model(fused):
+    model = random_model(variant("default"))
+    run = FusedDiT(model) if fused else model
+    video, audio, text, coords = random_inputs(model.config, 4, 300, 200, 100)
+    with torch.no_grad():
+        condition = model.condition(text, coords)
+        counts = [count(lambda: run.velocity(video, audio, condition, 4)) for count in (live_peak, allocated_peak)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.01)
+    assert counts[0] > 1500 * 64 * 4  # the residual stream alone
+
+
+def test_the_allocator_sees_what_is_made_inside_one_operator():
+    q = torch.ones(1, 1, 64, 8)
+    mask = torch.ones(64, 64)
+
+    def math():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    with torch.no_grad():
+        assert allocated_peak(math) >= 64 * 64 * 4  # the scores
+        assert allocated_peak(lambda: BEFORE.view(-1)) == 0
 
 
 def test_an_error_passes_through_and_ends_the_watch():
