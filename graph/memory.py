@@ -14,6 +14,7 @@ from horsepower.kernels.registry import op_of
 
 Result: TypeAlias = tuple[int, int]  # a call's position, and which of its results
 
+TRIALS = 16  # of packing
 ALIGNMENT = 64  # bytes: a cache line, and what the widest loads ask for
 
 
@@ -27,7 +28,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """The memory of one run at given sizes, in bytes."""
+    """The memory of one run at given sizes, in bytes.
+
+    What an op's reference, or an operator of torch, needs for the time of a call is not in it.
+    """
 
     results: Mapping[Result, Place]  # what is not here its operator allocates
     workspaces: Mapping[int, tuple[int, int]]  # call -> offset and bytes of its scratch memory
@@ -107,17 +111,37 @@ class Block:
 def pack(blocks: Sequence[Block]) -> tuple[tuple[int, ...], int]:
     """An offset for each block, so that no two overlap in space and time, and the bytes of the arena.
 
-    The largest come first, each at the lowest place that is free all its life: what is long-lived or large then lies
-    at the bottom, and small gaps are filled by what is small.
+    One after another, each at the lowest place that is free all its life. What is alive when most is alive comes
+    first: it stacks without a gap, the longest-lived at the bottom. As long as that wastes memory, the blocks that
+    ended at the top come first in the next of some trials.
     """
+    step, least = _fullest(blocks)
+
+    def rank(i: int) -> tuple[int, ...]:
+        block = blocks[i]
+        alive = block.first <= step <= block.last
+        return (0, block.first - block.last, -block.bytes) if alive else (1, -block.bytes, block.first)
+
+    order = sorted((i for i, block in enumerate(blocks) if block.bytes), key=rank)
+    best: tuple[tuple[int, ...], int] | None = None
+    for _ in range(TRIALS):
+        offsets, end = _pack(blocks, order)
+        if best is None or end < best[1]:
+            best = offsets, end
+        if end == least:
+            break
+        top = {i for i in order if offsets[i] + aligned(blocks[i].bytes) == end}
+        order = [*(i for i in order if i in top), *(i for i in order if i not in top)]
+    assert best is not None
+    return best
+
+
+def _pack(blocks: Sequence[Block], order: Sequence[int]) -> tuple[tuple[int, ...], int]:
     taken: dict[int, list[tuple[int, int]]] = {}  # step -> ranges of the arena
     offsets = [0] * len(blocks)
     end = 0
-    for i in sorted(range(len(blocks)), key=lambda i: (-blocks[i].bytes, blocks[i].first)):
-        block = blocks[i]
-        if not block.bytes:
-            continue
-        size, life = aligned(block.bytes), range(block.first, block.last + 1)
+    for i in order:
+        size, life = aligned(blocks[i].bytes), range(blocks[i].first, blocks[i].last + 1)
         offset = 0
         for start, stop in sorted({each for step in life for each in taken.get(step, ())}):
             if start - offset >= size:
@@ -136,12 +160,18 @@ def aligned(size: int) -> int:
 
 def lower_bound(blocks: Sequence[Block]) -> int:
     """The most bytes that are alive at one step: no arena can be smaller."""
+    return _fullest(blocks)[1]
+
+
+def _fullest(blocks: Sequence[Block]) -> tuple[int, int]:
+    """The step at which most bytes are alive, and how many."""
     change: dict[int, int] = {}
     for block in blocks:
         change[block.first] = change.get(block.first, 0) + aligned(block.bytes)
         change[block.last + 1] = change.get(block.last + 1, 0) - aligned(block.bytes)
-    alive = peak = 0
+    alive = peak = at = 0
     for step in sorted(change):
         alive += change[step]
-        peak = max(peak, alive)
-    return peak
+        if alive > peak:
+            peak, at = alive, step
+    return at, peak
