@@ -40,15 +40,18 @@ def signature(module: nn.Module) -> Hashable | None:
         children.append((name, own))
     tensors = (*module._parameters.items(), *module._buffers.items())
     shapes = [(name, None if x is None else (x.shape, x.stride(), x.dtype, x.device)) for name, x in tensors]
-    return type(module), tuple(children), tuple(shapes), tuple(sorted(attributes(module)))
+    return type(module), tuple(children), tuple(shapes), attribute_texts(module)
 
 
-def attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """The attributes that a user set, as comparable text; objects are told apart by their identity."""
+def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a user set on a module, in the order of the names, training mode included."""
     internal = nn.Module().__dict__
-    for name, value in vars(module).items():
-        if name not in internal or name == "training":
-            yield name, _text(value)
+    return ((name, value) for name, value in sorted(vars(module).items()) if name not in internal or name == "training")
+
+
+def attribute_texts(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """The same as text that can be compared; objects are told apart by their identity."""
+    return tuple((name, _text(value)) for name, value in attributes(module))
 
 
 def _text(value: Any) -> str:
