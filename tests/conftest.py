@@ -1,0 +1,17 @@
+"""Plans that tests make are kept apart from the user's."""
+
+import os
+import tempfile
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_plans():
+    before = os.environ.get("HORSEPOWER_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HORSEPOWER_CACHE"] = folder
+        yield
+    os.environ.pop("HORSEPOWER_CACHE")
+    if before is not None:
+        os.environ["HORSEPOWER_CACHE"] = before
