@@ -83,16 +83,22 @@ class Report:
 
 
 def write(path: str, content: str) -> None:
-    """Write a report whole or not at all. Raises ValueError if the folder does not exist."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ValueError(f"file: got {path!r}, allowed: a file in a folder that exists")
+    """Write a report whole or not at all. Raises ValueError as `check_file`."""
+    target = check_file(path)
     draft = target.with_name(f".{target.name}.part")
     try:
         draft.write_text(content, encoding="utf-8")
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def check_file(path: str) -> Path:
+    """Where a report is to be written, before the work that it takes. Raises ValueError if it cannot be there."""
+    target = Path(path)
+    if not target.parent.is_dir() or target.is_dir():
+        raise ValueError(f"file: got {path!r}, allowed: a file in a folder that exists")
+    return target
 
 
 def _shown(cell: Cell) -> str:
@@ -129,8 +135,10 @@ def _is_numeric(rows: tuple[tuple[Cell, ...], ...], column: int) -> bool:
 
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; }
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.1em; margin-top: 2em; }
-table { border-collapse: collapse; } th, td { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: left; }
+table { border-collapse: collapse; } th, td { padding: .2em .8em; border-bottom: 1px solid #8886; text-align: left; }
 .n { text-align: right; font-variant-numeric: tabular-nums; } figure { margin: 2em 0; } svg { max-width: 100%; }
+p { white-space: pre-line; }
 """.strip()

@@ -1,0 +1,56 @@
+"""Plots as inline SVG: no script, nothing from outside, in the page's own text colour on light and dark."""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_ROW, _LABEL, _WIDTH, _VALUE = 28, 210, 420, 60  # pixels: height of a row, widths of labels, bars and values
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value and the range that it was found in."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+
+
+def bars(title: str, rows: Sequence[Bar], mark: float = 1.0) -> str:
+    """Horizontal bars from 0 with whiskers from low to high, and a dashed line at `mark`.
+
+    Raises ValueError for values below 0 or that are no numbers.
+    """
+    for row in rows:
+        if not all(math.isfinite(x) and x >= 0 for x in (row.value, row.low, row.high)):
+            raise ValueError(f"rows: got {row}, allowed: finite numbers from 0")
+    top = max([mark, *(max(row.value, row.high) for row in rows)]) or 1.0
+    height = _ROW * (len(rows) + 1)
+    said = "; ".join(f"{row.label} {row.value:.3g} ({row.low:.3g} to {row.high:.3g})" for row in rows)
+    shapes = [shape for i, row in enumerate(rows) for shape in _bar(row, _ROW * i, top)]
+    x = _at(mark, top)
+    return (
+        f'<svg role="img" viewBox="0 0 {_LABEL + _WIDTH + _VALUE} {height}" width="{_LABEL + _WIDTH + _VALUE}" '
+        'font-family="system-ui, sans-serif" font-size="13" fill="currentColor">'
+        f"<title>{html.escape(title)}</title><desc>{html.escape(said)}</desc>{''.join(shapes)}"
+        f'<path d="M{x} 0V{height - _ROW}" stroke="currentColor" stroke-dasharray="3 3"/>'
+        f'<text x="{x}" y="{height - _ROW + 16}" text-anchor="middle">{mark:g}</text></svg>'
+    )
+
+
+def _bar(row: Bar, y: int, top: float) -> list[str]:
+    low, high, middle = _at(row.low, top), _at(row.high, top), y + _ROW / 2
+    return [
+        f'<text x="{_LABEL - 8}" y="{middle + 4:g}" text-anchor="end">{html.escape(row.label)}</text>',
+        f'<rect x="{_LABEL}" y="{y + 5}" width="{_at(row.value, top) - _LABEL:.1f}" height="{_ROW - 10}" '
+        'fill="#4c82b8"/>',  # 4:1 and more against white and against near-black
+        f'<path d="M{low} {middle:g}H{high}M{low} {middle - 4:g}v8M{high} {middle - 4:g}v8" stroke="currentColor"/>',
+        f'<text x="{_at(max(row.value, row.high), top) + 6:.1f}" y="{middle + 4:g}">{row.value:.2f}</text>',
+    ]
+
+
+def _at(value: float, top: float) -> float:
+    """Where a value lies, in pixels."""
+    return round(_LABEL + _WIDTH * value / top, 1)
