@@ -96,6 +96,15 @@ class Options:
         )
 
 
+def counts_of(text: str) -> Counts:
+    """From "V,A,T". Raises ValueError for anything else."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"tokens: got {text!r}, allowed: V,A,T, as in 446,26,40")
+    video, audio, spoken = map(int, parts)
+    return video, audio, spoken
+
+
 @dataclass(frozen=True)
 class Rung:
     """One way to run the step, as one process measured it."""

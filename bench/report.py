@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,8 @@ def write(path: str, content: str) -> None:
 def check_file(path: str) -> Path:
     """Where a report is to be written, before the work that it takes. Raises ValueError if it cannot be there."""
     target = Path(path)
-    if not target.parent.is_dir() or target.is_dir():
-        raise ValueError(f"file: got {path!r}, allowed: a file in a folder that exists")
+    if not target.parent.is_dir() or target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ValueError(f"file: got {path!r}, allowed: a file in a folder that exists and can be written to")
     return target
 
 

@@ -1,5 +1,6 @@
 """The command line, in a process of its own where that matters."""
 
+import json
 import subprocess
 import sys
 
@@ -57,6 +58,14 @@ def test_quiet_says_nothing(tmp_path):
         (("generate", "x", "-o", "/nowhere/clip.mp4"), "output"),
         (("generate", "x", "-o", "clip.avi"), "output"),
         (("convert", "missing.ckpt"), "source"),
+        (("bench", "--tokens", "1,2"), "tokens"),
+        (("bench", "--tokens", "1,2,x"), "tokens"),
+        (("bench", "--tokens", "7,2,1", "--frames", "2"), "frames"),
+        (("bench", "--hidden", "100"), "hidden"),
+        (("bench", "--rounds", "1"), "rounds"),
+        (("bench", "--skip", "eager"), "skip"),
+        (("bench", "--html", "/nowhere/report.html"), "file"),
+        (("bench", "--json", "."), "file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, field, capsys, tmp_path, monkeypatch):
@@ -81,6 +90,19 @@ def test_what_cannot_be_parsed_is_one_line_and_exit_code_2(arguments, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("horsepower: ")
+
+
+def test_bench_reports_in_three_forms(tmp_path):
+    size = ("--tokens", "4,3,2", "--hidden", "128", "--layers", "1", "--rounds", "3")
+    skipped = ("whole", "regional", "plan", "fuse_gate", "fuse_qkv", "fuse_activation")
+    files = ("--json", str(tmp_path / "bench.json"), "--html", str(tmp_path / "bench.html"))
+    done = run("bench", *size, *(word for name in skipped for word in ("--skip", name)), *files)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "OMP_WAIT_POLICY PASSIVE" in done.stdout
+    (table,) = json.loads((tmp_path / "bench.json").read_text())["tables"]
+    assert [row["rung"] for row in table["rows"]] == ["eager", "+ fuse_add_norm"]
+    assert all(row["rung"] in done.stdout for row in table["rows"])
+    assert "</svg>" in (tmp_path / "bench.html").read_text()
 
 
 def test_nobody_reads(tmp_path):

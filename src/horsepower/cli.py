@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands.add_parser("generate", help="make a clip from a prompt"))
     _add_convert(commands.add_parser("convert", help="turn a published pickle into safetensors"))
+    _add_bench(commands.add_parser("bench", help="measure a step: eager, torch.compile, and each fusion"))
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -82,6 +83,25 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="checkpoint-340000.ckpt, Wan2.2_VAE.pth")
     parser.add_argument("target", nargs="?", help="file to write (default: beside the source, .safetensors)")
     parser.set_defaults(command=_convert)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="foal", choices=("foal",), help="model family (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", action="append", metavar="V,A,T", help="of video, audio, text; may be repeated (default: 446,26,40)"
+    )
+    parser.add_argument("--frames", type=int, metavar="N", help="that the video tokens make up (default: 1)")
+    parser.add_argument("--window", type=int, metavar="N", help="frames on either side that three layers of four see")
+    parser.add_argument("--hidden", type=int, metavar="C", help="128, 256 or 512 (default: 256)")
+    parser.add_argument("--layers", type=int, metavar="N", help="default: 40")
+    parser.add_argument("--rounds", type=int, metavar="N", help="in which all take turns (default: 11)")
+    parser.add_argument("--processes", type=int, metavar="N", help="fresh ones, each a whole run (default: 1)")
+    parser.add_argument(
+        "--skip", action="append", metavar="RUNG", help="whole or regional (torch.compile), plan, fuse_gate, ..."
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON too")
+    parser.add_argument("--html", metavar="FILE", help="and as a page with plots")
+    parser.set_defaults(command=_bench)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -125,6 +145,7 @@ def _prepare_process() -> None:
 
     # Threads that wait by spinning slow a shared machine down tenfold; sleeping ones cost an idle one a fifth.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler says on stderr when it starts and stops
 
     # What diffusers and transformers say of themselves is not the user's.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -154,6 +175,27 @@ def _report(result: "Result", output: str) -> None:
     print(f"{result.timings.total:.1f} s ({stages}), peak memory {result.timings.peak_memory / 2**30:.2f} GiB")
     for note in result.notes:
         print(f"note: {note}")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    _prepare_process()
+    from horsepower.bench.ladder import Options, climb, counts_of
+    from horsepower.bench.report import check_file, write
+
+    for path in (arguments.json, arguments.html):
+        if path:
+            check_file(path)
+    given = {name: getattr(arguments, name) for name in ("frames", "window", "hidden", "layers", "rounds", "processes")}
+    given["tokens"] = arguments.tokens and tuple(map(counts_of, arguments.tokens))
+    given["skip"] = tuple(arguments.skip or ())
+    options = Options(**{name: value for name, value in given.items() if value is not None})
+    quiet = not sys.stderr.isatty()
+    report = climb(options, lambda line: None if quiet else print(f"... {line}", file=sys.stderr, flush=True))
+    print(report.text())
+    for path, content in ((arguments.json, report.json), (arguments.html, report.html)):
+        if path:
+            write(path, content())
+    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
