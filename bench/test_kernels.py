@@ -1,4 +1,4 @@
-"""Each kernel against its eager twin, at the shapes of the preset and of the full model."""
+"""Each kernel against its eager twin and Inductor's, at the shapes of the preset and of the full model."""
 
 from typing import Any
 
@@ -23,15 +23,22 @@ ATTENTION_SHAPES = [
 ]
 
 pytestmark = pytest.mark.benchmark
+KERNELS = ["eager", "inductor", *ISAS]
 SHAPES = [(1520, 256), (400, 5120)]  # below 32 MiB a tensor, so that eager reuses memory too
 
 
 def compare(benchmark: Any, op: Op, kernel: str, case: str, *arguments: Any) -> None:
-    """Time the op's reference, or its native kernel in one instruction set."""
+    """Time the op's reference, what Inductor makes of it, or its native kernel in one instruction set."""
     warm_allocator()
     benchmark.group = f"{op.name} {case}"
     if kernel == "eager":
         benchmark(op.reference, *arguments)
+    elif kernel == "inductor":
+        torch._dynamo.reset()  # each case is compiled for itself, however many there are
+        compiled = torch.compile(op.reference, dynamic=False, fullgraph=True)
+        for got, want in zip(compiled(*arguments), op.reference(*arguments), strict=True):
+            torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+        benchmark(compiled, *arguments)
     else:
         native = op.kernels[0]
         scratch = torch.empty(native.workspace(*arguments, isa=kernel), dtype=torch.uint8) if native.workspace else None
@@ -44,7 +51,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_add_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int], post_norm: bool) -> None:
     residual, gain = normal(*shape), normal(shape[1])
     arguments: Any = (residual, residual.bfloat16(), gain if post_norm else None, gain, [], 1e-6, torch.bfloat16)
@@ -52,14 +59,14 @@ def test_add_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int], post_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_activation(benchmark: Any, kernel: str, kind: str) -> None:
     u = normal(1520, 1360).bfloat16()
     compare(benchmark, ACTIVATION, kernel, f"{tuple(u.shape)} {kind}", u, kind, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("rows", "heads_q", "heads_kv", "dim"), [(1520, 4, 2, 64), (400, 40, 8, 128)])
-@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_qk_norm_rope(benchmark: Any, kernel: str, rows: int, heads_q: int, heads_kv: int, dim: int) -> None:
     qkv = normal(rows, (heads_q + 2 * heads_kv) * dim + heads_q).bfloat16()  # with the values and the gate
     gain, rope = normal(dim), normal(rows, dim * 3 // 4)
@@ -68,14 +75,14 @@ def test_qk_norm_rope(benchmark: Any, kernel: str, rows: int, heads_q: int, head
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int]) -> None:
     x, gain = normal(*shape), normal(shape[1])
     compare(benchmark, RMS_NORM, kernel, str(shape), x, gain, 1, [], 1e-6, torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", ["eager", *ISAS])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_attention(benchmark: Any, kernel: str, shape: tuple[int, ...]) -> None:
     L, Hq, Hkv, D, frames, video, window = shape
     q, k, v = (normal(L, heads, D).bfloat16() for heads in (Hq, Hkv, Hkv))
