@@ -96,13 +96,13 @@ class Options:
         )
 
 
-def counts_of(text: str) -> Counts:
+def counts_of(given: str) -> Counts:
     """From "V,A,T". Raises ValueError for anything else."""
-    parts = text.split(",")
+    parts = given.split(",")
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"tokens: got {text!r}, allowed: V,A,T, as in 446,26,40")
-    video, audio, spoken = map(int, parts)
-    return video, audio, spoken
+        raise ValueError(f"tokens: got {given!r}, allowed: V,A,T, as in 446,26,40")
+    video, audio, text = map(int, parts)
+    return video, audio, text
 
 
 @dataclass(frozen=True)
