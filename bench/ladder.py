@@ -42,6 +42,7 @@ LABELS = {
     "plan": "plan without fusion",
     **{each.__name__: f"+ {each.__name__}" for each in FUSIONS},
 }
+LABELS[FUSIONS[-1].__name__] += " (all)"
 
 
 @dataclass(frozen=True)

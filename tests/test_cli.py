@@ -100,7 +100,7 @@ def test_bench_reports_in_three_forms(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "OMP_WAIT_POLICY PASSIVE" in done.stdout
     (table,) = json.loads((tmp_path / "bench.json").read_text())["tables"]
-    assert [row["rung"] for row in table["rows"]] == ["eager", "+ fuse_add_norm"]
+    assert [row["rung"] for row in table["rows"]] == ["eager", "+ fuse_add_norm (all)"]
     assert all(row["rung"] in done.stdout for row in table["rows"])
     assert "</svg>" in (tmp_path / "bench.html").read_text()
 

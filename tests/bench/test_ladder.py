@@ -33,7 +33,7 @@ def test_every_rung_is_measured_at_every_length(report):
     assert [table.title.split(":")[0] for table in tables] == ["21 tokens", "32 tokens"]
     for table in tables:
         rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-        assert [row["rung"] for row in rows] == ["eager", "plan without fusion", "+ fuse_add_norm"]
+        assert [row["rung"] for row in rows] == ["eager", "plan without fusion", "+ fuse_add_norm (all)"]
         assert [rows[0][name] for name in ("eager / rung", "lower quartile", "upper quartile")] == [1.0] * 3
         assert all(0 < row["lower quartile"] <= row["eager / rung"] <= row["upper quartile"] for row in rows)
         assert all(row["torch.compile / rung"] is None and row["note"] == "" for row in rows)
@@ -135,7 +135,7 @@ def test_of_several_processes_the_median_of_medians_and_the_span():
     table = next(part for part in made.parts if isinstance(part, Table))
     assert table.columns[1:5] == ("eager / rung", "lowest", "highest", "torch.compile / rung")
     rows = {row[0]: row[1:] for row in table.rows}
-    assert rows["+ fuse_add_norm"] == (3.0, 2.0, 10.0, 2.0, 3.0, 1.0, 0.01, "")
+    assert rows["+ fuse_add_norm (all)"] == (3.0, 2.0, 10.0, 2.0, 3.0, 1.0, 0.01, "")
     assert rows["torch.compile, whole"] == (2.0, 1.5, 2.0, 1.0, 60.0, 1.0, 0.01, "")
     assert rows["torch.compile, each layer"] == (*[None] * 7, "no")
     assert "3 fresh processes" in made.text()
@@ -147,7 +147,7 @@ def test_processes_are_fresh(monkeypatch):
     made = climb(replace(TINY, processes=2), said.append)
     table = next(part for part in made.parts if isinstance(part, Table))
     assert said == ["process 1 of 2", "process 2 of 2"]
-    assert [row[0] for row in table.rows] == ["eager", "+ fuse_add_norm"]
+    assert [row[0] for row in table.rows] == ["eager", "+ fuse_add_norm (all)"]
     assert table.rows[1][1] == table.rows[1][2] == table.rows[1][3] > 0
 
 
