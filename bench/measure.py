@@ -58,10 +58,10 @@ def warm_allocator() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def machine() -> str:
-    """What a timing has to name: processor or GPU, threads, versions."""
-    if torch.cuda.is_available():
-        processor = torch.cuda.get_device_name()
+def machine(device: str = "cpu") -> str:
+    """What a timing has to name: the processor or GPU that it is of, threads, versions."""
+    if torch.device(device).type == "cuda":
+        processor = torch.cuda.get_device_name(device)
     else:
         processor = f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     return f"{processor}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -28,6 +28,11 @@ def test_too_little_to_measure():
         paired({})
 
 
-def test_the_machine_is_named():
+def test_the_machine_is_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a GPU that is there but not measured is not named
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device}")
+    assert "GPU" not in machine()
+    assert "threads" in machine()
+    assert machine("cuda:1").startswith("GPU cuda:1")
     assert "torch" in machine()
     assert "Python" in machine()
