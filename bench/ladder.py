@@ -208,15 +208,19 @@ _TORCH: dict[str, Callable[[DiT], Velocity]] = {"whole": _whole, "regional": _re
 
 
 def _compile_cold(key: str, build: Callable[[DiT], Velocity], model: DiT, step: _Step) -> tuple[Velocity, Rung]:
-    """From an empty cache to the first result."""
+    """From an empty cache to the first result. Raises RuntimeError if it ran eager: Dynamo does so in silence."""
+    from torch._dynamo.utils import counters
     from torch._inductor.utils import fresh_cache
 
-    # Past its limit Dynamo would run eager in silence.
-    with fresh_cache(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    before = counters["stats"]["unique_graphs"]
+    with fresh_cache(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, suppress_errors=False):
         start = time.perf_counter()
         run = build(model)
         run(*step.inputs)
-        return run, Rung(key, compile_seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+    if counters["stats"]["unique_graphs"] == before:
+        raise RuntimeError("nothing was compiled, it ran eager; is torch.compile disabled?")
+    return run, Rung(key, compile_seconds=seconds)
 
 
 def _warm_compilers(options: Options) -> None:

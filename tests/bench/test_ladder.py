@@ -115,6 +115,12 @@ def test_without_a_compiler_the_row_says_so_and_the_ladder_goes_on(monkeypatch):
     assert next(part for part in report.parts if isinstance(part, Figure)).svg.count("<rect") == 2
 
 
+def test_eager_is_not_passed_off_as_torch_compile():
+    with torch.compiler.set_stance("force_eager"):
+        (rungs,) = measure(replace(TINY, skip=tuple(key for key in TINY.skip if key not in ("whole", "regional"))))
+    assert [rung.failed.partition(",")[0] for rung in rungs] == ["", *["RuntimeError: nothing was compiled"] * 2, ""]
+
+
 def process(eager, whole, fused):
     rung = {"peak": 2**20, "error": 0.01}
     return [[
