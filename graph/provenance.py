@@ -6,7 +6,7 @@ replace. A name is no proof: a region counts as unchanged only if operator and a
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,11 @@ class Region:
         """The path of the module that its last kernel is attributed to."""
         kernels = [node for node in self.fused if not is_view(node)]
         return str((kernels or self.fused)[-1].meta["module"])
+
+    def rewrite(self, changed: Mapping[Name, Sequence[str]]) -> str:
+        """The last pass that changed it, lowering apart, which changes every fused op alike."""
+        named = [[name for name in changed.get(twin.name, ()) if name != "lower"] for _, twin in self.outputs]
+        return max(named, key=len)[-1] if any(named) else "unknown"
 
 
 def snapshot(graph: Graph) -> Graph:
@@ -168,6 +173,11 @@ def _is_call(node: fx.Node) -> bool:
 def is_size(node: fx.Node) -> bool:
     """Whether the value is a number, not a tensor (or several)."""
     return isinstance(node.meta["val"], int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def title(node: fx.Node) -> str:
+    """An operator in short: attention, aten.mul."""
+    return ".".join(str(node.target).removeprefix("horsepower.").split(".")[: 2 if "aten" in str(node.target) else 1])
 
 
 VIEWS = frozenset(

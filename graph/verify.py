@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from horsepower.graph.exact import Exact
 from horsepower.graph.graph import Graph
-from horsepower.graph.provenance import Name, Region, is_size, is_view, regions
+from horsepower.graph.provenance import Name, Region, is_size, is_view, regions, title
 from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import op_of
 
@@ -40,6 +40,7 @@ Run: TypeAlias = Callable[..., Any]
 class Check:
     """One distinct site on one kind of inputs, or the whole model; errors are relative L2 against float64."""
 
+    site: int | None  # in the order of the plan; None for the whole model
     rewrite: str  # the last pass that changed it
     module: str  # path of the first such site; "" for the whole model
     kernels: tuple[str, ...]  # that the plan calls there
@@ -75,9 +76,8 @@ def check_sites(
     fixed = captured.fixed()
     edges = _edges(inputs)
     checks: list[Check] = []
-    for group in groups.values():
-        names = (changed.get(twin.name, ()) for _, twin in group[0].outputs)
-        site = _Site(group[0], _last(names), len(group), edges, fixed)
+    for number, group in enumerate(groups.values()):
+        site = _Site(number, group[0], group[0].rewrite(changed), len(group), edges, fixed)
         varies = any(site.varies(node, known[node]) for node in group[0].inputs)
         checks += [site.check(kind, known) for kind in kinds if varies or kind == AS_GIVEN]
     return tuple(checks)
@@ -96,11 +96,12 @@ def check_whole(
     pooled = (torch.cat([x.flatten() for x in _tensors(v) if x.is_floating_point()]) for v in (fused, eager, exact))
     found = _compare(*pooled)
     errors = (found.eager, found.fused, found.bound, found.passed)
-    return Check("all passes", "", (), what, "outputs", *errors, 1, note=found.note)
+    return Check(None, "all passes", "", (), what, "outputs", *errors, 1, note=found.note)
 
 
 @dataclass(frozen=True)
 class _Site:
+    number: int
     region: Region
     rewrite: str
     count: int
@@ -117,8 +118,8 @@ class _Site:
             else _hostile(value, kind, generator, scores)
             for node, value in ((node, known[node]) for node in region.inputs)
         }
-        kernels = tuple(_title(node) for node in region.fused if not is_view(node))
-        head = (self.rewrite, region.module, kernels, kind)
+        kernels = tuple(title(node) for node in region.fused if not is_view(node))
+        head = (self.number, self.rewrite, region.module, kernels, kind)
         eager = _computed(region.replaced, given, _eager)
         truth = Exact(region.replaced, self.edges)
         exact = _computed(region.replaced, given, truth)
@@ -248,7 +249,7 @@ def _scale(kind: str, dtype: torch.dtype, scores: bool) -> float:
     """
     limits = torch.finfo(dtype)
     largest = float(limits.max**0.5) / (32 if scores else 1)
-    scales = {"huge": 1e4, "largest": largest, "tiny": limits.tiny**0.5, "denormal": limits.tiny / 16}
+    scales: dict[str, float] = {"huge": 1e4, "largest": largest, "tiny": limits.tiny**0.5, "denormal": limits.tiny / 16}
     return scales.get(kind, 1.0)
 
 
@@ -290,16 +291,6 @@ def _shape(node: fx.Node) -> str:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-
-
-def _last(histories: Iterable[Sequence[str]]) -> str:
-    """The last pass of any history, lowering apart, which changes every fused op alike."""
-    named = [[name for name in history if name != "lower"] for history in histories]
-    return max(named, key=len)[-1] if any(named) else "unknown"
-
-
-def _title(node: fx.Node) -> str:
-    return str(node.target).removeprefix("horsepower.").removesuffix(".default")
 
 
 def _edges(inputs: Sequence[Any]) -> tuple[int, ...]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from horsepower.bench.report import Report
     from horsepower.runtime.request import Progress, Result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it succeeded, 2 for what the user has to mend, 130 if interrupted."""
+    """Run a command; 0 if it succeeded, 1 for a fault that `verify` found, 2 for what the user has to mend."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
@@ -46,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="make a clip from a prompt"))
     _add_convert(commands.add_parser("convert", help="turn a published pickle into safetensors"))
     _add_bench(commands.add_parser("bench", help="measure a step: eager, torch.compile, and each fusion"))
+    _add_report(
+        commands.add_parser("verify", help="execute every rewrite beside what it replaced, against float64"), _verify
+    )
+    _add_report(
+        commands.add_parser("explain", help="say what is fused, what is not and why, and what it saves"), _explain
+    )
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -102,6 +109,16 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON too")
     parser.add_argument("--html", metavar="FILE", help="and as a page with plots")
     parser.set_defaults(command=_bench)
+def _add_report(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("--preset", default="foal", choices=("foal",), help="built-in model (default: %(default)s)")
+    parser.add_argument("--variant", default="distill", metavar="NAME", help="of its models (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", default="446,26,40", metavar="V,A,T", help="of video, audio and text (default: %(default)s)"
+    )
+    parser.add_argument("--frames", type=int, default=1, metavar="N", help="latent frames (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the report for programs")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page")
+    parser.set_defaults(command=command)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -196,6 +213,45 @@ def _bench(arguments: argparse.Namespace) -> int:
         if path:
             write(path, content())
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    _prepare_process()
+    from horsepower.step import Tokens
+    from horsepower.verifying import verify_preset
+
+    _check_files(arguments)
+    checks, brief, full = verify_preset(arguments.variant, Tokens.parse(arguments.tokens, arguments.frames))
+    _publish(arguments, brief, full)
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    _prepare_process()
+    from horsepower.explaining import explain_preset
+    from horsepower.step import Tokens
+
+    _check_files(arguments)
+    report = explain_preset(arguments.variant, Tokens.parse(arguments.tokens, arguments.frames))
+    _publish(arguments, report, report)
+    return 0
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Before the work, not after it. Raises ValueError."""
+    for path in (arguments.json, arguments.html):
+        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
+            raise ValueError(f"file: got {path!r}, allowed: a file in a folder that exists")
+
+
+def _publish(arguments: argparse.Namespace, brief: "Report", full: "Report") -> None:
+    from horsepower.bench.report import write
+
+    print(brief.text())
+    if arguments.json is not None:
+        write(arguments.json, full.json())
+    if arguments.html is not None:
+        write(arguments.html, full.html())
 
 
 def _convert(arguments: argparse.Namespace) -> int:

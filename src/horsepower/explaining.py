@@ -1,0 +1,151 @@
+"""`horsepower explain`: what the compiler made of a model, in words, numbers and a drawing of each kind of block."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from horsepower import step
+from horsepower.bench.measure import machine
+from horsepower.bench.report import Cell, Figure, Paragraph, Part, Report, Table
+from horsepower.drawing import svg
+from horsepower.graph import provenance
+from horsepower.graph.capture import capture
+from horsepower.graph.diagram import diagram, groups_of
+from horsepower.graph.explain import Explanation, Fusion, explain
+from horsepower.graph.graph import Graph
+from horsepower.graph.passes import PASSES, Pass
+from horsepower.graph.plan import plan_of
+from horsepower.step import Tokens
+
+
+def explain_model(
+    title: str,
+    module: nn.Module,
+    example_inputs: tuple[Any, ...],
+    inputs: tuple[Any, ...] | None = None,
+    example_keywords: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    method: str = "forward",
+    only: Sequence[Pass] = PASSES,
+) -> Report:
+    """The report on `module.method`, compiled as `horsepower.compile` does.
+
+    inputs: positional arguments at the sizes to count for; only shapes matter, and None takes the examples.
+    Raises CaptureError for code that cannot be one graph, ValueError for inputs that the plan does not take.
+    """
+    start = time.perf_counter()
+    captured = capture(module, example_inputs, example_keywords, dynamic_shapes, method)
+    compiled = provenance.snapshot(captured)
+    changed = provenance.rewrite(compiled, only)
+    plan = plan_of(compiled)
+    seconds = time.perf_counter() - start
+    flat = plan.contract.check(inputs or example_inputs, dict(example_keywords or {}))
+    found = explain(captured, compiled, changed, flat)
+    weights = sum(x.numel() * x.itemsize for x in {id(x): x for x in step.weights(module).values()}.values())
+    parts: tuple[Part, ...] = (
+        Paragraph(_summary(found, compiled, seconds)),
+        _totals(found, weights),
+        _kinds(found),
+        _fusions(found),
+        _refusals(found, changed_by=[each.__name__ for each in only]),
+        *_figures(found, captured, compiled),
+    )
+    return Report(title, machine(), parts)
+
+
+def explain_preset(variant: str, tokens: Tokens) -> Report:
+    """On a step of the built-in preset."""
+    model = step.preset(variant)
+    title = f"foal {variant}: the plan of a step, at {tokens} tokens in {tokens.frames} frames"
+    inputs = step.inputs(model, tokens)
+    return explain_model(title, model, step.example(model), inputs, dynamic_shapes=step.DYNAMIC, method=step.METHOD)
+
+
+def _summary(found: Explanation, compiled: Graph, seconds: float) -> str:
+    blocks = [kind for kind in found.kinds if kind.blocks != ("",)]
+    layers = sum(len(kind.blocks) for kind in blocks)
+    return (
+        f"{layers} blocks of {len(blocks)} kinds, {compiled.traced} of them traced; compiled in {seconds:.1f} s. "
+        f"A run is {found.after.calls} kernel calls instead of {found.before.calls}, moves "
+        f"{_bytes(found.after.bytes)} instead of {_bytes(found.before.bytes)}, and computes "
+        f"{found.after.flops / 1e9:.1f} GFLOP. {found.load} calls depend on weights alone and run once, at load."
+    )
+
+
+def _totals(found: Explanation, weights: int) -> Table:
+    rows: tuple[tuple[Cell, ...], ...] = (
+        ("kernel calls", found.before.calls, found.after.calls),
+        ("moved", _bytes(found.before.bytes), _bytes(found.after.bytes)),
+        ("GFLOP", found.before.flops / 1e9, found.after.flops / 1e9),
+        ("FLOP a byte", _ratio(found.before.flops, found.before.bytes), _ratio(found.after.flops, found.after.bytes)),
+        ("values alive at once", _bytes(found.peak_before), _bytes(found.peak_after)),
+        ("weights", _bytes(weights), _bytes(weights)),
+    )
+    note = (
+        "Each call reads its inputs and writes its outputs once; caches are not counted. Values alive: the most at any "
+        "time if each is freed after its last use, without inputs and weights."
+    )
+    return Table("In all", ("", "captured", "compiled"), rows, note)
+
+
+def _kinds(found: Explanation) -> Table:
+    rows = tuple(
+        (
+            kind.name, kind.before.calls, kind.after.calls, kind.before.bytes / 2**20, kind.after.bytes / 2**20,
+            kind.before.flops / 1e9, kind.after.flops / 1e9,
+        )
+        for kind in found.kinds
+    )  # fmt: skip
+    columns = ("blocks", "calls", "compiled calls", "MiB", "compiled MiB", "GFLOP", "compiled GFLOP")
+    note = "A projection that is fused with the norm after it counts in the block of that norm."
+    return Table("By kind of block", columns, rows, note)
+
+
+def _fusions(found: Explanation) -> Table:
+    rows = tuple(
+        (kind.name, fusion.rewrite, fusion.count, " + ".join(fusion.kernels), _replaced(fusion))
+        for kind in found.kinds
+        for fusion in kind.fusions
+    )
+    return Table("Fused", ("blocks", "rewrite", "sites", "kernels", "instead of"), rows)
+
+
+def _replaced(fusion: Fusion) -> str:
+    return ", ".join(f"{n} {name}" if n > 1 else name for name, n in fusion.replaced).replace("aten.", "")
+
+
+def _refusals(found: Explanation, changed_by: Sequence[str]) -> Table:
+    rows = tuple(
+        (
+            each.rewrite,
+            each.reason,
+            len(each.modules),
+            ", ".join(each.modules[:3]) + (" ..." if len(each.modules) > 3 else ""),
+        )
+        for each in found.refused
+    )
+    note = "" if rows else f"Nothing that {', '.join(changed_by)} looked at was refused."
+    return Table("Refused", ("rewrite", "because", "sites", "where"), rows, note)
+
+
+def _figures(found: Explanation, captured: Graph, compiled: Graph) -> list[Figure]:
+    """A block of each kind before and after; boxes of one colour do the same."""
+    before, after = groups_of(provenance.regions(captured, compiled))
+    figures = []
+    for kind in found.kinds:
+        block = kind.blocks[min(1, len(kind.blocks) - 1)]  # the second has one of its kind before it
+        for graph, groups, when in ((captured, before, "captured"), (compiled, after, "compiled")):
+            if (drawn := diagram(graph, block, groups)).boxes:
+                figures.append(Figure(f"{kind.name}: {block or 'the rest'} as {when}", svg(drawn)))
+    return figures
+
+
+def _bytes(count: int) -> str:
+    size, unit = (count / 2**30, "GiB") if count >= 2**30 else (count / 2**20, "MiB")
+    return f"{size:.4g} {unit}"
+
+
+def _ratio(a: int, b: int) -> float | None:
+    return a / b if b else None

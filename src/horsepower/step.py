@@ -1,0 +1,112 @@
+"""One step of a preset's model, at the token counts that a user asks about."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from horsepower.runtime.engine import Engine
+from horsepower.runtime.foal import Foal
+from horsepower.runtime.models.dit import Condition, DiT
+from horsepower.runtime.presets import FOAL_MODELS
+from horsepower.runtime.tokens import PATCH, Grid, coordinates
+
+METHOD = "velocity"
+DYNAMIC = (
+    {0: torch.export.Dim.DYNAMIC},
+    {0: torch.export.Dim.DYNAMIC},
+    Condition({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}),  # type: ignore[arg-type]
+    torch.export.Dim.DYNAMIC,
+)
+EXAMPLE = ((6, 5, 4), 3)  # token counts and frames to trace with: any distinct ones
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of video, audio and text; the video ones make up `frames` equal latent frames.
+
+    Raises ValueError for what does not fit.
+    """
+
+    video: int
+    audio: int
+    text: int
+    frames: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.audio, self.text) < 0 or self.video < 1:
+            raise ValueError(f"tokens: got {self}, allowed: at least 1,0,0")
+        if self.frames < 1 or self.video % self.frames:
+            raise ValueError(f"frames: got {self.frames} for {self.video} video tokens, allowed: a divisor of them")
+
+    def __str__(self) -> str:
+        return f"{self.video},{self.audio},{self.text}"
+
+    @property
+    def total(self) -> int:
+        return self.video + self.audio + self.text
+
+    @classmethod
+    def parse(cls, counts: str, frames: int) -> "Tokens":
+        """From V,A,T as on the command line. Raises ValueError."""
+        parts = counts.split(",")
+        if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(
+                f"tokens: got {counts!r}, allowed: three counts V,A,T (video, audio, text), such as 446,26,40"
+            )
+        video, audio, text = map(int, parts)
+        return cls(video, audio, text, frames)
+
+    def scaled(self, total: int) -> "Tokens":
+        """At most about `total` tokens in the same frames, every modality that is there kept."""
+        share = min(1.0, total / self.total)
+        video = max(1, int(self.video // self.frames * share)) * self.frames
+        audio, text = (min(n, max(1, int(n * share))) for n in (self.audio, self.text))
+        return Tokens(video, audio, text, self.frames)
+
+
+def preset(name: str) -> DiT:
+    """A model of the built-in preset, in the dtype that the engine runs it in on this CPU. Raises ValueError."""
+    if name not in FOAL_MODELS:
+        raise ValueError(f"variant: got {name!r}, allowed: {', '.join(FOAL_MODELS)}")
+    engine = Engine.from_pretrained("foal", device="cpu")
+    return Foal(engine.device, engine.dtype).dit(name)
+
+
+def example(model: DiT) -> tuple[Any, ...]:
+    """Arguments of `model.velocity` to trace with, without values."""
+    counts, frames = EXAMPLE
+    config, master = model.config, model.final_linear_video.weight.dtype
+    condition = Condition(
+        torch.empty(counts[2], config.hidden_size, dtype=config.params_dtype),
+        torch.empty(sum(counts), 6 * (config.head_dim // 8), dtype=master),
+    )
+    channels = (config.video_in_channels, config.audio_in_channels)
+    latents = (torch.empty(n, c, dtype=master) for n, c in zip(counts, channels, strict=False))
+    return (*latents, condition, frames)
+
+
+def inputs(model: DiT, tokens: Tokens) -> tuple[Any, ...]:
+    """Arguments of `model.velocity`: noise as in the first step, random text, the coordinates of such a clip."""
+    generator = torch.Generator().manual_seed(0)
+    config, master = model.config, model.final_linear_video.weight.dtype
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator).to(master)
+
+    video, audio = normal(tokens.video, config.video_in_channels), normal(tokens.audio, config.audio_in_channels)
+    place = tokens.video // tokens.frames
+    rows = max(n for n in range(1, math.isqrt(place) + 1) if place % n == 0)
+    grid = Grid(tokens.frames, rows * PATCH, place // rows * PATCH, tokens.audio)
+    with torch.no_grad():
+        condition = model.condition(normal(tokens.text, config.text_in_channels), coordinates(grid, tokens.text))
+    return video, audio, condition, tokens.frames
+
+
+def weights(module: nn.Module) -> Mapping[str, Tensor]:
+    """Every parameter and buffer by each of its names."""
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(buffers)}

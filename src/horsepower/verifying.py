@@ -1,0 +1,125 @@
+"""`horsepower verify`: every rewrite of a plan against float64, as one report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from horsepower import step
+from horsepower.bench.measure import machine
+from horsepower.bench.report import Cell, Paragraph, Part, Report, Table
+from horsepower.graph import provenance
+from horsepower.graph.capture import capture
+from horsepower.graph.passes import PASSES, Pass
+from horsepower.graph.plan import plan_of
+from horsepower.graph.verify import Check, check_sites, check_whole
+from horsepower.runtime.executor import Executor
+from horsepower.step import Tokens
+
+WHOLE = 2048  # tokens of the model end to end in float64: some ten seconds
+
+
+def verify(
+    module: nn.Module,
+    example_inputs: tuple[Any, ...],
+    inputs: tuple[Any, ...] | None = None,
+    whole_inputs: tuple[Any, ...] | None = None,
+    example_keywords: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    method: str = "forward",
+    only: Sequence[Pass] = PASSES,
+) -> tuple[Check, ...]:
+    """Compile `module.method` as `horsepower.compile` does and check each distinct rewrite, then the plan end to end.
+
+    inputs: positional arguments at the sizes to verify, on the CPU, followed by the values of `example_keywords`, if
+    any; None for the examples. whole_inputs: the same for the check end to end, where `inputs` would take too long.
+    The other arguments are those of `horsepower.compile`.
+    Raises CaptureError for code that cannot be one graph, ValueError for inputs that the plan does not take.
+    """
+    captured = capture(module, example_inputs, example_keywords, dynamic_shapes, method)
+    compiled = provenance.snapshot(captured)
+    changed = provenance.rewrite(compiled, only)
+    weights, keywords = step.weights(module), dict(example_keywords or {})
+    run = Executor(plan_of(compiled), weights)
+    given = inputs or example_inputs
+    flat = run.plan.contract.check(given, keywords)
+    sites = check_sites(captured, compiled, changed, weights, flat)
+    if whole_inputs is not None:
+        flat = run.plan.contract.check(whole_inputs, keywords)
+        given = whole_inputs
+    return (*sites, check_whole(captured, lambda *_: run(*given, **keywords), weights, flat))
+
+
+def verify_preset(variant: str, tokens: Tokens) -> tuple[tuple[Check, ...], Report, Report]:
+    """Checks of a step of the built-in preset; they in short for a terminal, and in full."""
+    model, whole = step.preset(variant), tokens.scaled(WHOLE)
+    checks = verify(
+        model,
+        step.example(model),
+        step.inputs(model, tokens),
+        step.inputs(model, whole),
+        dynamic_shapes=step.DYNAMIC,
+        method=step.METHOD,
+    )
+    title = f"foal {variant}: every rewrite against float64, at {tokens} tokens in {tokens.frames} frames"
+    return checks, report(title, checks, whole), report(title, checks, whole, full=True)
+
+
+def report(title: str, checks: Sequence[Check], whole: Tokens | None = None, full: bool = False) -> Report:
+    """A row a site; then whatever failed, or, in full, every check. whole: tokens of the check end to end."""
+    sites: dict[int, list[Check]] = {}
+    for check in checks:
+        if check.site is not None:
+            sites.setdefault(check.site, []).append(check)
+    failed = [check for check in checks if not check.passed]
+    verdict = f"{len(failed)} of {len(checks)} checks FAILED" if failed else f"all {len(checks)} checks passed"
+    places = sum(each[0].count for each in sites.values())
+    kinds = len({check.inputs for check in checks if check.site is not None})
+    parts: list[Part] = [
+        Paragraph(f"{verdict}: {places} rewritten places, {len(sites)} of them distinct, on {kinds} kinds of inputs."),
+        Table("Sites", COLUMNS, tuple(map(_row, sites.values())), RULE),
+    ]
+    for end in (check for check in checks if check.site is None):
+        errors = f"error(eager) {end.error_eager:.3g}, error(fused) {end.error_fused:.3g}, bound {end.bound:.3g}"
+        parts.append(Paragraph(f"End to end{f' at {whole} tokens' if whole else ''}: {errors}: {_verdict([end])}"))
+    shown = checks if full else failed
+    if shown:
+        parts.append(Table("Every check" if full else "Failed", ALL_COLUMNS, tuple(map(_full_row, shown))))
+    return Report(title, machine(), tuple(parts))
+
+
+COLUMNS = (
+    "rewrite", "first site", "sites", "eager", "fused", "worst inputs", "worst eager", "worst fused", "bound",
+    "verdict",
+)  # fmt: skip
+ALL_COLUMNS = (
+    "rewrite", "first site", "sites", "kernels", "inputs", "value", "error(eager)", "error(fused)", "bound", "rows",
+    "passed", "note",
+)  # fmt: skip
+RULE = (
+    "Errors are relative L2 against float64: on the model's own values, then on the worst of random and hostile ones.\n"
+    "The rule: error(fused) <= max(1.1 error(eager), 4 ulp), and non-finite only where eager is."
+)
+
+
+def _row(checks: Sequence[Check]) -> tuple[Cell, ...]:
+    """A site; inputs on which eager has no right digit are its worst only if it fails there."""
+    own, worst = checks[0], max(checks, key=lambda c: (not c.passed, c.error_eager < 0.5, c.error_fused / c.bound))
+    place = own.module or "(model)"
+    return (
+        own.rewrite, place, own.count, own.error_eager, own.error_fused, worst.inputs, worst.error_eager,
+        worst.error_fused, worst.bound, _verdict(checks),
+    )  # fmt: skip
+
+
+def _full_row(check: Check) -> tuple[Cell, ...]:
+    return (
+        check.rewrite, check.module or "(model)", check.count, ", ".join(check.kernels), check.inputs, check.value,
+        check.error_eager, check.error_fused, check.bound, check.rows, check.passed, check.note,
+    )  # fmt: skip
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    broken = [check for check in checks if not check.passed]
+    notes = {check.note for check in checks if check.note} if not broken else {check.inputs for check in broken}
+    return ", ".join(("FAILED" if broken else "passed", *sorted(notes)))
