@@ -6,7 +6,7 @@ replace. A name is no proof: a region counts as unchanged only if operator and a
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,10 +56,11 @@ def snapshot(graph: Graph) -> Graph:
 def rewrite(graph: Graph, only: Sequence[passes.Pass]) -> dict[Name, list[str]]:
     """Run the passes in place; which of them changed how each captured value is computed, in order."""
     changed: dict[Name, list[str]] = {}
-    before = dict(_producers(graph))
+    texts: dict[fx.Node, tuple[Any, str]] = {}
+    before = _producers(graph, texts)
     for each in only:
         passes.run(graph, (each,))
-        after = dict(_producers(graph))
+        after = _producers(graph, texts)
         for name, producer in after.items():
             if producer != before.get(name, producer):
                 changed.setdefault(name, []).append(each.__name__)
@@ -67,11 +68,15 @@ def rewrite(graph: Graph, only: Sequence[passes.Pass]) -> dict[Name, list[str]]:
     return changed
 
 
-def _producers(graph: Graph) -> Iterator[tuple[Name, object]]:
-    """Every value's name when it was captured, and how it is computed, as comparable text."""
+def _producers(graph: Graph, texts: dict[fx.Node, tuple[Any, str]]) -> dict[Name, str]:
+    """Every value's name when it was captured, and how it is computed. texts: kept between calls for what stays."""
+    found: dict[Name, str] = {}
     for node in graph.nodes.nodes:
         if node.op == "call_function":
-            yield _name(node), (str(node.target), str(fx.map_arg((node.args, node.kwargs), _name)))
+            if node not in texts or texts[node][0] is not node.args:
+                texts[node] = node.args, f"{node.target} {fx.map_arg((node.args, node.kwargs), _name)}"
+            found[_name(node)] = texts[node][1]
+    return found
 
 
 def _name(node: fx.Node) -> Name:

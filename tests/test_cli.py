@@ -1,13 +1,20 @@
 """The command line, in a process of its own where that matters."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import av
 import pytest
+import torch
 
 from horsepower import cli, doctor
+from horsepower import step as preset_step
+from horsepower.kernels.registry import OPS, Kernel
+from models import TINY, random_model
 
 
 def run(*arguments, **kwargs):
@@ -66,6 +73,12 @@ def test_quiet_says_nothing(tmp_path):
         (("bench", "--skip", "eager"), "skip"),
         (("bench", "--html", "/nowhere/report.html"), "file"),
         (("bench", "--json", "."), "file"),
+        (("verify", "--tokens", "446,26"), "tokens"),
+        (("verify", "--tokens", "0,26,40"), "tokens"),
+        (("verify", "--frames", "3"), "frames"),
+        (("explain", "--variant", "huge"), "variant"),
+        (("explain", "--tokens", "4,-1,2"), "tokens"),
+        (("explain", "--html", "/nowhere/report.html"), "file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, field, capsys, tmp_path, monkeypatch):
@@ -146,6 +159,58 @@ def test_progress_is_one_line_a_stage(capsys):
     assert shown.count("\r") == 3
     assert shown.count("\n") == 1
     assert shown.endswith("2/2\n")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The preset's commands on a model of one layer."""
+    config = replace(TINY, num_layers=1, mm_layers=(0,), gelu7_layers=())
+    monkeypatch.setattr(preset_step, "preset", lambda name: random_model(config))
+
+
+REPORTS = ("--tokens", "12,5,3", "--frames", "3", "--json", "report.json", "--html", "report.html")
+
+
+def test_verify_passes_and_writes_its_reports(small, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(("verify", *REPORTS)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"all \d+ checks passed", said)
+    assert re.search(r"fuse_gate +block\.layers\.0\.attention", said)
+    assert re.search(r"End to end at 12,5,3 tokens: .*: passed", said)
+    tables = {table["title"]: table["rows"] for table in json.loads(Path("report.json").read_text())["tables"]}
+    assert tables.keys() == {"Sites", "Every check"}
+    assert {row["inputs"] for row in tables["Every check"]} >= {"as in the model", "denormal", "zero rows"}
+    assert all(row["passed"] is True for row in tables["Every check"])
+    assert "fuse_qkv" in Path("report.html").read_text()
+
+
+def test_verify_fails_with_exit_code_1_and_names_the_site(small, capsys, monkeypatch):
+    def unclamped(out, scratch, u, kind, dtype):
+        a, b = u.float()[:, 0::2], u.float()[:, 1::2]
+        out[0].copy_(a * torch.sigmoid(1.702 * a) * (b + 1))
+
+    op = OPS["activation"]
+    wrong = Kernel("wrong", op.kernels[0].supports, unclamped)
+    monkeypatch.setitem(OPS, "activation", replace(op, kernels=(wrong,)))
+    assert cli.main(("verify", "--tokens", "12,5,3")) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"\d of \d+ checks FAILED", said)
+    failed = said[said.index("\nFailed\n") :]
+    assert re.search(r"fuse_activation +block\.layers\.0\.mlp .* huge", failed)
+    assert "attention" not in failed
+
+
+def test_explain_says_what_is_fused_and_what_is_refused(small, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(("explain", *REPORTS)) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"block\.layers 0 +fuse_qkv +1 +linear \+ qk_norm_rope +3 linear, ", said)
+    assert re.search(r"raise_linear +it has a bias +2 +adapter\.video_embedder", said)
+    assert json.loads(Path("report.json").read_text())["title"].endswith("at 12,5,3 tokens in 3 frames")
+    page = Path("report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "linear_qkv.weight" in page
 
 
 def test_doctor(capsys):

@@ -49,7 +49,7 @@ def explain_model(
         _totals(found, weights),
         _kinds(found),
         _fusions(found),
-        _refusals(found, changed_by=[each.__name__ for each in only]),
+        _refusals(found, [each.__name__ for each in only]),
         *_figures(found, captured, compiled),
     )
     return Report(title, machine(), parts)
@@ -66,8 +66,9 @@ def explain_preset(variant: str, tokens: Tokens) -> Report:
 def _summary(found: Explanation, compiled: Graph, seconds: float) -> str:
     blocks = [kind for kind in found.kinds if kind.blocks != ("",)]
     layers = sum(len(kind.blocks) for kind in blocks)
+    kinds = f"{len(blocks)} kind" + "s" * (len(blocks) != 1)
     return (
-        f"{layers} blocks of {len(blocks)} kinds, {compiled.traced} of them traced; compiled in {seconds:.1f} s. "
+        f"{layers} blocks of {kinds}, {compiled.traced} of them traced; compiled in {seconds:.1f} s. "
         f"A run is {found.after.calls} kernel calls instead of {found.before.calls}, moves "
         f"{_bytes(found.after.bytes)} instead of {_bytes(found.before.bytes)}, and computes "
         f"{found.after.flops / 1e9:.1f} GFLOP. {found.load} calls depend on weights alone and run once, at load."
@@ -116,29 +117,26 @@ def _replaced(fusion: Fusion) -> str:
     return ", ".join(f"{n} {name}" if n > 1 else name for name, n in fusion.replaced).replace("aten.", "")
 
 
-def _refusals(found: Explanation, changed_by: Sequence[str]) -> Table:
-    rows = tuple(
-        (
-            each.rewrite,
-            each.reason,
-            len(each.modules),
-            ", ".join(each.modules[:3]) + (" ..." if len(each.modules) > 3 else ""),
-        )
-        for each in found.refused
-    )
-    note = "" if rows else f"Nothing that {', '.join(changed_by)} looked at was refused."
+def _refusals(found: Explanation, looked: Sequence[str]) -> Table:
+    rows = tuple((each.rewrite, each.reason, len(each.modules), _first(each.modules)) for each in found.refused)
+    note = "" if rows else f"Nothing that {', '.join(looked)} looked at was refused."
     return Table("Refused", ("rewrite", "because", "sites", "where"), rows, note)
+
+
+def _first(modules: Sequence[str]) -> str:
+    return ", ".join(modules[:3]) + (" ..." if len(modules) > 3 else "")
 
 
 def _figures(found: Explanation, captured: Graph, compiled: Graph) -> list[Figure]:
     """A block of each kind before and after; boxes of one colour do the same."""
     before, after = groups_of(provenance.regions(captured, compiled))
     figures = []
-    for kind in found.kinds:
+    kinds = [kind for kind in found.kinds if kind.blocks != ("",)] or found.kinds
+    for kind in kinds:
         block = kind.blocks[min(1, len(kind.blocks) - 1)]  # the second has one of its kind before it
         for graph, groups, when in ((captured, before, "captured"), (compiled, after, "compiled")):
             if (drawn := diagram(graph, block, groups)).boxes:
-                figures.append(Figure(f"{kind.name}: {block or 'the rest'} as {when}", svg(drawn)))
+                figures.append(Figure(f"{kind.name}: {block or 'the model'} as {when}", svg(drawn)))
     return figures
 
 

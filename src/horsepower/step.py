@@ -72,7 +72,7 @@ def preset(name: str) -> DiT:
     """A model of the built-in preset, in the dtype that the engine runs it in on this CPU. Raises ValueError."""
     if name not in FOAL_MODELS:
         raise ValueError(f"variant: got {name!r}, allowed: {', '.join(FOAL_MODELS)}")
-    engine = Engine.from_pretrained("foal", device="cpu")
+    engine = Engine.from_pretrained("foal", device="cpu", mode="eager")
     return Foal(engine.device, engine.dtype).dit(name)
 
 
