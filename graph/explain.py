@@ -82,7 +82,7 @@ class Explanation:
     peak_after: int
 
 
-def explain(
+def measure(
     captured: Graph, compiled: Graph, changed: Mapping[Name, Sequence[str]], inputs: Sequence[Any]
 ) -> Explanation:
     """changed: the passes behind each value, from `provenance.rewrite`. inputs: the flattened inputs, on any device."""

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from horsepower.explaining import explain as explain
     from horsepower.runtime.compiled import Compiled as Compiled
     from horsepower.runtime.compiled import compile as compile
     from horsepower.runtime.engine import Engine as Engine
@@ -10,9 +11,10 @@ if TYPE_CHECKING:
     from horsepower.runtime.request import Progress as Progress
     from horsepower.runtime.request import Request as Request
     from horsepower.runtime.request import Result as Result
+    from horsepower.verifying import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["Cancelled", "Compiled", "Engine", "Progress", "Request", "Result", "compile"]
+__all__ = ["Cancelled", "Compiled", "Engine", "Progress", "Request", "Result", "compile", "explain", "verify"]
 
 _HOME = {
     "Compiled": "horsepower.runtime.compiled",
@@ -22,6 +24,8 @@ _HOME = {
     "Progress": "horsepower.runtime.request",
     "Request": "horsepower.runtime.request",
     "Result": "horsepower.runtime.request",
+    "explain": "horsepower.explaining",
+    "verify": "horsepower.verifying",
 }
 
 

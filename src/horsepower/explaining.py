@@ -13,15 +13,14 @@ from horsepower.drawing import svg
 from horsepower.graph import provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.diagram import diagram, groups_of
-from horsepower.graph.explain import Explanation, Fusion, explain
+from horsepower.graph.explain import Explanation, Fusion, measure
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.graph.plan import plan_of
 from horsepower.step import Tokens
 
 
-def explain_model(
-    title: str,
+def explain(
     module: nn.Module,
     example_inputs: tuple[Any, ...],
     inputs: tuple[Any, ...] | None = None,
@@ -29,10 +28,12 @@ def explain_model(
     dynamic_shapes: Any = None,
     method: str = "forward",
     only: Sequence[Pass] = PASSES,
+    title: str = "The plan of a module",
 ) -> Report:
-    """The report on `module.method`, compiled as `horsepower.compile` does.
+    """Compile `module.method` as `horsepower.compile` does and say what became of it.
 
-    inputs: positional arguments at the sizes to count for; only shapes matter, and None takes the examples.
+    inputs: positional arguments at the sizes to count for; None takes the examples. Only shapes and dtypes matter.
+    The other arguments are those of `horsepower.compile`.
     Raises CaptureError for code that cannot be one graph, ValueError for inputs that the plan does not take.
     """
     start = time.perf_counter()
@@ -42,7 +43,7 @@ def explain_model(
     plan = plan_of(compiled)
     seconds = time.perf_counter() - start
     flat = plan.contract.check(inputs or example_inputs, dict(example_keywords or {}))
-    found = explain(captured, compiled, changed, flat)
+    found = measure(captured, compiled, changed, flat)
     weights = sum(x.numel() * x.itemsize for x in {id(x): x for x in step.weights(module).values()}.values())
     parts: tuple[Part, ...] = (
         Paragraph(_summary(found, compiled, seconds)),
@@ -60,7 +61,7 @@ def explain_preset(variant: str, tokens: Tokens) -> Report:
     model = step.preset(variant)
     title = f"foal {variant}: the plan of a step, at {tokens} tokens in {tokens.frames} frames"
     inputs = step.inputs(model, tokens)
-    return explain_model(title, model, step.example(model), inputs, dynamic_shapes=step.DYNAMIC, method=step.METHOD)
+    return explain(model, step.example(model), inputs, dynamic_shapes=step.DYNAMIC, method=step.METHOD, title=title)
 
 
 def _summary(found: Explanation, compiled: Graph, seconds: float) -> str:

@@ -79,6 +79,10 @@ def report(title: str, checks: Sequence[Check], whole: Tokens | None = None, ful
         Paragraph(f"{verdict}: {places} rewritten places, {len(sites)} of them distinct, on {kinds} kinds of inputs."),
         Table("Sites", COLUMNS, tuple(map(_row, sites.values())), RULE),
     ]
+    if rows := {check.rows for check in checks if check.rows is not None}:
+        some = f"{min(rows)} to {max(rows)}" if len(rows) > 1 else f"{min(rows)}"
+        edges = "the first and last of each modality and frame among them"
+        parts.append(Paragraph(f"Attention ran over all rows, and {some} were compared with float64, {edges}."))
     for end in (check for check in checks if check.site is None):
         errors = f"error(eager) {end.error_eager:.3g}, error(fused) {end.error_fused:.3g}, bound {end.bound:.3g}"
         parts.append(Paragraph(f"End to end{f' at {whole} tokens' if whole else ''}: {errors}: {_verdict([end])}"))

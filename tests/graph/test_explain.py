@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+import horsepower
 from horsepower.drawing import svg
-from horsepower.explaining import explain_model
 from horsepower.graph import provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.diagram import Box, Diagram, diagram, groups_of
-from horsepower.graph.explain import Work, block_of, explain
+from horsepower.graph.explain import Work, block_of, measure
 from horsepower.graph.passes import PASSES
 from models import DYNAMIC, TINY, random_inputs, random_model
 
@@ -32,7 +32,7 @@ def compiled(config):
 
 def explained(config=FIVE, sizes=(4, 7, 5, 3)):
     inputs = [x.to("meta") for x in random_inputs(config, *sizes)]
-    return explain(*compiled(config), [*inputs, sizes[0]])
+    return measure(*compiled(config), [*inputs, sizes[0]])
 
 
 def test_equal_blocks_are_one_kind():
@@ -90,7 +90,7 @@ def test_a_foreign_model_counted_by_hand():
     x = torch.rand(5, 8)
     captured = capture(Chain(), (x,))
     graph = provenance.snapshot(captured)
-    found = explain(captured, graph, provenance.rewrite(graph, PASSES), [x])
+    found = measure(captured, graph, provenance.rewrite(graph, PASSES), [x])
     inside, around = found.kinds
     # products: 2 x 5 x 8 x 8; read 5 x 8 and 8 x 8, write 5 x 8 floats
     product = Work(1, 640, 4 * (40 + 64 + 40))
@@ -111,7 +111,7 @@ def test_other_products_are_counted_too():
     q, k = torch.rand(3, 5, 8), torch.rand(3, 5, 8)
     captured = capture(Products(), (q, k))
     graph = provenance.snapshot(captured)
-    found = explain(captured, graph, provenance.rewrite(graph, PASSES), [q, k])
+    found = measure(captured, graph, provenance.rewrite(graph, PASSES), [q, k])
     bmm = matmul = 2 * 3 * 5 * 5 * 8
     assert found.before.flops == bmm + matmul + 4 * 3 * 5 * 8 + 2 * 8 * 8 * 5 + 2 * 5 * 8 * 8
 
@@ -166,7 +166,7 @@ def test_a_drawing_escapes_names_and_refuses_nothing_to_draw():
 
 
 def test_a_report_on_any_module():
-    report = explain_model("a chain", Chain(), (torch.rand(5, 8),))
+    report = horsepower.explain(Chain(), (torch.rand(5, 8),))
     text = report.text()
     assert "2 blocks of 1 kind, 1 of them traced" in text
     assert re.search(r"kernel calls +3 +3", text)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+import horsepower
 from horsepower.graph import exact, passes, provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.graph import args_of
@@ -295,6 +296,17 @@ def test_a_foreign_model():
     assert {check.rewrite for check in checks} == {"raise_rms_norm", "fuse_add_norm"}
     assert all(check.passed for check in checks)
     assert len(checks) == 2 * (1 + len(HOSTILE))
+
+
+def test_a_module_of_ones_own():
+    torch.manual_seed(0)
+    model, rows = Foreign(), {0: torch.export.Dim.DYNAMIC}
+    tokens = torch.randint(11, (300,))
+    checks = horsepower.verify(model, (tokens[:7],), (tokens,), dynamic_shapes=(rows,))
+    assert all(check.passed for check in checks)
+    assert {check.rewrite for check in checks} == {"raise_rms_norm", "fuse_add_norm", "all passes"}
+    with pytest.raises(ValueError, match="tokens: got"):
+        horsepower.verify(model, (tokens[:7],), (tokens.float(),), dynamic_shapes=(rows,))
 
 
 def test_in_float64_eager_is_exact():
