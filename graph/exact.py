@@ -42,10 +42,9 @@ class Exact:
 
     def _sampled(self, q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[Any], first: bool) -> Tensor:
         """q [L, Hq, D], k and v [L, Hkv, D] -> [L, Hq, D], or [1, Hq, L, D] if heads come first."""
-        edges = {*self._edges, 0, q.shape[0], *(rows.start for rows, _ in ranges), *(rows.stop for rows, _ in ranges)}
-        near = {row for edge in edges for row in (edge - 1, edge) if 0 <= row < q.shape[0]}
+        edges = [*self._edges, *(edge for rows, _ in ranges for edge in (rows.start, rows.stop))]
         drawn = torch.randperm(q.shape[0], generator=torch.Generator().manual_seed(0))[:ROWS]
-        self.index = torch.tensor(sorted(near | set(drawn.tolist())))
+        self.index = torch.tensor(sorted({*beside(edges, q.shape[0]), *drawn.tolist()}))
         out = torch.zeros_like(q)
         for rows, seen in ranges:
             mine = self.index[(self.index >= rows.start) & (self.index < rows.stop)]
@@ -54,6 +53,11 @@ class Exact:
                 some = F.scaled_dot_product_attention(q[mine].transpose(0, 1)[None], keys, values, enable_gqa=True)
                 out[mine] = some[0].transpose(0, 1)
         return out.transpose(0, 1)[None] if first else out
+
+
+def beside(edges: Sequence[int], rows: int) -> list[int]:
+    """The rows on both sides of each edge, the first and the last one among them."""
+    return sorted({row for edge in (0, rows, *edges) for row in (edge - 1, edge) if 0 <= row < rows})
 
 
 def _widened(value: Any) -> Any:

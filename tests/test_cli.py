@@ -201,6 +201,25 @@ def test_verify_fails_with_exit_code_1_and_names_the_site(small, capsys, monkeyp
     assert "attention" not in failed
 
 
+def test_a_site_that_cannot_run_is_reported_without_an_error(small, capsys, tmp_path, monkeypatch):
+    def broken(out, scratch, *inputs):
+        if inputs[0].abs().max() < 1e-10:
+            raise RuntimeError("too small")
+        return out[0].fill_(torch.nan)
+
+    op = OPS["rms_norm"]
+    monkeypatch.setitem(OPS, "rms_norm", replace(op, kernels=(Kernel("wrong", lambda *_: None, broken),)))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(("verify", *REPORTS)) == 1
+    assert re.search(r"End to end .*: FAILED", capsys.readouterr().out)
+    report = json.loads(Path("report.json").read_text(), parse_constant=pytest.fail)  # JSON knows no infinity
+    (rows,) = (table["rows"] for table in report["tables"] if table["title"] == "Every check")
+    failed = {
+        row["note"]: row["error(fused)"] for row in rows if not row["passed"] and row["rewrite"] == "raise_rms_norm"
+    }
+    assert failed == {"too small": None, "non-finite where eager is not": None}
+
+
 def test_explain_says_what_is_fused_and_what_is_refused(small, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(("explain", *REPORTS)) == 0

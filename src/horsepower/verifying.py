@@ -1,5 +1,6 @@
 """`horsepower verify`: every rewrite of a plan against float64, as one report."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,19 +109,25 @@ RULE = (
 
 def _row(checks: Sequence[Check]) -> tuple[Cell, ...]:
     """A site; inputs on which eager has no right digit are its worst only if it fails there."""
-    own, worst = checks[0], max(checks, key=lambda c: (not c.passed, c.error_eager < 0.5, c.error_fused / c.bound))
+    own, worst = checks[0], max(checks, key=lambda c: (not c.passed, c.error_eager < 0.5, c.severity))
+    errors = (worst.error_eager, worst.error_fused, worst.bound)
     place = own.module or "(model)"
     return (
-        own.rewrite, place, own.count, own.error_eager, own.error_fused, worst.inputs, worst.error_eager,
-        worst.error_fused, worst.bound, _verdict(checks),
+        own.rewrite, place, own.count, _finite(own.error_eager), _finite(own.error_fused), worst.inputs,
+        *map(_finite, errors), _verdict(checks),
     )  # fmt: skip
 
 
 def _full_row(check: Check) -> tuple[Cell, ...]:
     return (
         check.rewrite, check.module or "(model)", check.count, ", ".join(check.kernels), check.inputs, check.value,
-        check.error_eager, check.error_fused, check.bound, check.rows, check.passed, check.note,
+        *map(_finite, (check.error_eager, check.error_fused, check.bound)), check.rows, check.passed, check.note,
     )  # fmt: skip
+
+
+def _finite(error: float) -> float | None:
+    """JSON has no infinity; the note says why there is no error."""
+    return error if math.isfinite(error) else None
 
 
 def _verdict(checks: Sequence[Check]) -> str:

@@ -126,6 +126,31 @@ def test_a_last_row_that_is_not_written_is_found(monkeypatch):
             assert all("non-finite" in check.note for check in sites if not check.passed)
 
 
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return F.rms_norm(x, (8,), self.gain, 1e-6).bfloat16()
+
+
+def test_one_wrong_row_at_an_edge_does_not_drown(monkeypatch):
+    def run(real):
+        def wrong(out, scratch, *args):
+            real(out, scratch, *args)
+            out[0][-1] = 0
+
+        return wrong
+
+    altered(monkeypatch, "rms_norm", run)
+    (check, *_) = horsepower.verify(Norm(), (torch.randn(20000, 8),))
+    assert not check.passed
+    assert check.value.endswith("edge rows")
+    assert 0.5 < check.error_fused < 0.9  # one of the two rows at the ends; of all rows it would be 0.007
+    assert check.error_eager < 0.01
+
+
 def test_swapped_experts_are_found(monkeypatch):
     def run(real):
         def swapped(out, scratch, x, weight, experts, counts):
