@@ -109,6 +109,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON too")
     parser.add_argument("--html", metavar="FILE", help="and as a page with plots")
     parser.set_defaults(command=_bench)
+
+
 def _add_report(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
     parser.add_argument("--preset", default="foal", choices=("foal",), help="built-in model (default: %(default)s)")
     parser.add_argument("--variant", default="distill", metavar="NAME", help="of its models (default: %(default)s)")
@@ -197,21 +199,15 @@ def _report(result: "Result", output: str) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     _prepare_process()
     from horsepower.bench.ladder import Options, climb, counts_of
-    from horsepower.bench.report import check_file, write
 
-    for path in (arguments.json, arguments.html):
-        if path:
-            check_file(path)
+    _check_files(arguments)
     given = {name: getattr(arguments, name) for name in ("frames", "window", "hidden", "layers", "rounds", "processes")}
     given["tokens"] = arguments.tokens and tuple(map(counts_of, arguments.tokens))
     given["skip"] = tuple(arguments.skip or ())
     options = Options(**{name: value for name, value in given.items() if value is not None})
     quiet = not sys.stderr.isatty()
     report = climb(options, lambda line: None if quiet else print(f"... {line}", file=sys.stderr, flush=True))
-    print(report.text())
-    for path, content in ((arguments.json, report.json), (arguments.html, report.html)):
-        if path:
-            write(path, content())
+    _publish(arguments, report, report)
     return 0
 
 
@@ -239,9 +235,11 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     """Before the work, not after it. Raises ValueError."""
+    from horsepower.bench.report import check_file
+
     for path in (arguments.json, arguments.html):
-        if path is not None and not os.path.isdir(os.path.dirname(path) or "."):
-            raise ValueError(f"file: got {path!r}, allowed: a file in a folder that exists")
+        if path is not None:
+            check_file(path)
 
 
 def _publish(arguments: argparse.Namespace, brief: "Report", full: "Report") -> None:
