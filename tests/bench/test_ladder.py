@@ -174,4 +174,4 @@ def test_beside_torch_compile():
     assert regional.peak < eager.peak
     assert all(1e-4 < rung.error < 0.02 for rung in rungs)
     tables = [part for part in ladder._report(options, [[rungs]]).parts if isinstance(part, Table)]
-    assert max(row[4] for row in tables[0].rows[1:3]) == 1.0
+    assert 1.0 in [row[4] for row in tables[0].rows[1:3]]  # the faster one beside itself
