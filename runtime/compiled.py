@@ -38,6 +38,10 @@ class Compiled:
         self._snapshot.check()
         return self._run(*args, **kwargs)
 
+    def peak(self, *args: Any, **kwargs: Any) -> int:
+        """Bytes of activations for inputs of these sizes; weights, inputs and outputs apart. Raises as a call does."""
+        return self.plan.at(self.plan.contract.check(args, kwargs)[1]).peak
+
 
 class Snapshot:
     """What a module was when it was compiled, cheap to compare with what it is now."""

@@ -25,10 +25,12 @@ def expected_fusions(config: DiTConfig) -> dict[str, int]:
     }
 
 
-def compile_velocity(
-    model: DiT, only: Sequence[passes.Pass] = passes.PASSES, expect: Mapping[str, int] | None = None
-) -> Compiled:
-    """`model.velocity` as one plan for all lengths; the arguments are those of `compile`."""
+# As `torch.export` takes them: counts and frames are dynamic.
+VELOCITY_SHAPES = (_ROWS, _ROWS, Condition(_ROWS, _ROWS), _ANY)  # type: ignore[arg-type]
+
+
+def velocity_example(model: DiT) -> tuple[Tensor, Tensor, Condition, int]:
+    """Arguments of `model.velocity` to trace with, without values."""
     config, device = model.config, model.final_linear_video.weight.device
     master = model.final_linear_video.weight.dtype
     counts = (6, 5, 4)  # any distinct ones
@@ -40,14 +42,18 @@ def compile_velocity(
         torch.empty(count, channels, dtype=master, device=device)
         for count, channels in zip(counts, (config.video_in_channels, config.audio_in_channels), strict=False)
     )
-    return compile(
-        model,
-        (video, audio, condition, 3),
-        dynamic_shapes=(_ROWS, _ROWS, Condition(_ROWS, _ROWS), _ANY),  # type: ignore[arg-type]
-        expect=expect,
-        method="velocity",
-        only=only,
-    )
+    return video, audio, condition, 3
+
+
+def compile_velocity(
+    model: DiT,
+    only: Sequence[passes.Pass] = passes.PASSES,
+    expect: Mapping[str, int] | None = None,
+    cache: bool = True,
+) -> Compiled:
+    """`model.velocity` as one plan for all lengths; the arguments are those of `compile`."""
+    example = velocity_example(model)
+    return compile(model, example, None, VELOCITY_SHAPES, expect, method="velocity", only=only, cache=cache)
 
 
 class FusedDiT:

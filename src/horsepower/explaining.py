@@ -42,7 +42,7 @@ def explain(
     changed = provenance.rewrite(compiled, only)
     plan = plan_of(compiled)
     seconds = time.perf_counter() - start
-    flat = plan.contract.check(inputs or example_inputs, dict(example_keywords or {}))
+    flat, _ = plan.contract.check(inputs or example_inputs, dict(example_keywords or {}))
     found = measure(captured, compiled, changed, flat)
     weights = sum(x.numel() * x.itemsize for x in {id(x): x for x in step.weights(module).values()}.values())
     parts: tuple[Part, ...] = (

@@ -43,10 +43,10 @@ def verify(
     weights, keywords = step.weights(module), dict(example_keywords or {})
     run = Executor(plan_of(compiled), weights)
     given = inputs or example_inputs
-    flat = run.plan.contract.check(given, keywords)
+    flat, _ = run.plan.contract.check(given, keywords)
     sites = check_sites(captured, compiled, changed, weights, flat)
     if whole_inputs is not None:
-        flat = run.plan.contract.check(whole_inputs, keywords)
+        flat, _ = run.plan.contract.check(whole_inputs, keywords)
         given = whole_inputs
     return (*sites, check_whole(captured, lambda *_: run(*given, **keywords), weights, flat))
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from horsepower.bench.live import allocated_peak, live_peak
-from horsepower.runtime.fused import FusedDiT
 from models import random_inputs, random_model, variant
 
 UNIT = 4 * 1000  # bytes of a float32 tensor of 1000
@@ -97,14 +96,12 @@ def test_what_stays_alive_after_a_run_is_not_in_the_next():
     assert live_peak(lambda: kept_alive[0].view(-1)) == 0
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_both_counts_agree_on_a_model(fused):
+def test_both_counts_agree_on_a_model():
     model = random_model(variant("default"))
-    run = FusedDiT(model) if fused else model
     video, audio, text, coords = random_inputs(model.config, 4, 300, 200, 100)
     with torch.no_grad():
         condition = model.condition(text, coords)
-        counts = [count(lambda: run.velocity(video, audio, condition, 4)) for count in (live_peak, allocated_peak)]
+        counts = [count(lambda: model.velocity(video, audio, condition, 4)) for count in (live_peak, allocated_peak)]
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
     assert counts[0] > 1500 * 64 * 4  # the residual stream alone
 
