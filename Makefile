@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CLIP ?= $(CURDIR)/clip.mp4
+TOKENS := 1456,51,60  # of that clip: video, audio, text
 PROMPT ?= A horse galloping through a cherry blossom forest at sunset
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -17,6 +18,7 @@ unexport PYTHONPATH
 
 demo: install
 	$(BIN)/horsepower generate "$(PROMPT)" --duration 2 --output $(CLIP)
+	$(BIN)/horsepower bench --quick --tokens $(TOKENS) --frames 13  # what the compiler gained in each of its steps
 
 test: lint types suite
 

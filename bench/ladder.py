@@ -98,6 +98,9 @@ class Options:
         )
 
 
+QUICK: dict[str, Any] = {"rounds": 5, "skip": tuple(LABELS)[1:-1]}  # options: eager and the whole plan
+
+
 def counts_of(given: str) -> Counts:
     """From "V,A,T". Raises ValueError for anything else."""
     parts = given.split(",")

@@ -56,8 +56,11 @@ class Conditions(NamedTuple):
 class Engine:
     """Turns requests into clips on one device. One request runs at a time; others wait, from any thread."""
 
-    def __init__(self, source: Source, model: ModelName, device: torch.device, dtype: torch.dtype, mode: str):
+    def __init__(
+        self, source: Source, model: ModelName, device: torch.device, dtype: torch.dtype, mode: str, strict: bool
+    ):
         self._source, self.model, self.device, self.dtype, self.mode = source, model, device, dtype, mode
+        self._strict = strict
         self._dits: dict[ModelName, DiT | FusedDiT] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose request runs
@@ -70,6 +73,7 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         mode: str | None = None,
+        strict: bool = True,
     ) -> "Engine":
         """Open a folder of released checkpoints, or the built-in preset "foal".
 
@@ -78,6 +82,8 @@ class Engine:
         dtype: of the matrix products: torch.bfloat16 or torch.float32; None takes bfloat16 where it is fast.
         mode: "fused" compiles each model into one plan, in seconds; "eager" runs it as it is written. None takes
             fused on a CPU; on a GPU there are no fused kernels yet.
+        strict: a fusion that the model family expects and that does not happen is an error that says where; otherwise
+            the model runs with those that did.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
         Raises ValueError naming what is missing or wrong.
         """
@@ -91,7 +97,7 @@ class Engine:
         if not there or model not in (None, *there):
             got = repr(model) if there else f"neither in {folder}"
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
-        engine = cls(source, there[0] if model is None else model, chosen, dtype, mode or modes[0])
+        engine = cls(source, there[0] if model is None else model, chosen, dtype, mode or modes[0], strict)
         engine._dit(engine.model)
         return engine
 
@@ -243,7 +249,7 @@ class Engine:
         if name not in self._dits:
             self._check_channels(name)
             model = self._source.dit(name)
-            self._dits[name] = FusedDiT(model) if self.mode == "fused" else model
+            self._dits[name] = FusedDiT(model, self._strict) if self.mode == "fused" else model
         return self._dits[name]
 
     def _check_channels(self, name: ModelName) -> None:

@@ -59,12 +59,12 @@ def compile_velocity(
 class FusedDiT:
     """Stands where a DiT stands in the pipeline. Compiling takes seconds, once; new lengths do not compile again.
 
-    Raises ValueError if a fusion that the model family expects does not happen.
+    Raises ValueError, unless `strict` is False, if a fusion that the model family expects does not happen.
     """
 
-    def __init__(self, model: DiT):
+    def __init__(self, model: DiT, strict: bool = True):
         self.condition = model.condition
-        self.compiled = compile_velocity(model, expect=expected_fusions(model.config))
+        self.compiled = compile_velocity(model, expect=expected_fusions(model.config) if strict else None)
 
     def velocity(self, video: Tensor, audio: Tensor, condition: Condition, frames: int) -> tuple[Tensor, Tensor]:
         """As `DiT.velocity`."""

@@ -106,6 +106,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip", action="append", metavar="RUNG", help="whole or regional (torch.compile), plan, fuse_gate, ..."
     )
+    parser.add_argument("--quick", action="store_true", help="eager and the whole plan alone, in 5 rounds")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON too")
     parser.add_argument("--html", metavar="FILE", help="and as a page with plots")
     parser.set_defaults(command=_bench)
@@ -198,13 +199,13 @@ def _report(result: "Result", output: str) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     _prepare_process()
-    from horsepower.bench.ladder import Options, climb, counts_of
+    from horsepower.bench.ladder import QUICK, Options, climb, counts_of
 
     _check_files(arguments)
     given = {name: getattr(arguments, name) for name in ("frames", "window", "hidden", "layers", "rounds", "processes")}
     given["tokens"] = arguments.tokens and tuple(map(counts_of, arguments.tokens))
-    given["skip"] = tuple(arguments.skip or ())
-    options = Options(**{name: value for name, value in given.items() if value is not None})
+    given["skip"] = tuple(arguments.skip) if arguments.skip else None
+    options = Options(**{**(QUICK if arguments.quick else {}), **{k: v for k, v in given.items() if v is not None}})
     quiet = not sys.stderr.isatty()
     report = climb(options, lambda line: None if quiet else print(f"... {line}", file=sys.stderr, flush=True))
     _publish(arguments, report, report)
