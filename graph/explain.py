@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from horsepower.graph.graph import Graph, Site
-from horsepower.graph.provenance import Name, is_size, is_view, regions, title
+from horsepower.graph.provenance import Name, is_size, is_view, layout, regions, title
 from horsepower.kernels.registry import OPS, Cost, op_of
 
 aten = torch.ops.aten
@@ -136,9 +136,8 @@ def _kinds(captured: Graph) -> list[list[Block]]:
         if node.op == "call_function" and not is_size(node):
             block = _block(node)
             constants = str(fx.map_arg(node.args, lambda _: "%"))
-            shapes = [(str(x.shape), x.dtype) for x in pytree.tree_leaves(node.meta["val"]) if isinstance(x, Tensor)]
             path = str(node.meta["module"])[len(block) :]
-            calls.setdefault(block, []).append((path if block else "", str(node.target), constants, str(shapes)))
+            calls.setdefault(block, []).append((path, str(node.target), constants, layout(node)))
     kinds: dict[object, list[Block]] = {}
     for block, its in calls.items():
         if block:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from horsepower.graph import passes
 from horsepower.graph.graph import Graph
@@ -178,6 +179,13 @@ def _is_call(node: fx.Node) -> bool:
 def is_size(node: fx.Node) -> bool:
     """Whether the value is a number, not a tensor (or several)."""
     return isinstance(node.meta["val"], int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def layout(node: fx.Node) -> tuple[object, ...]:
+    """Shapes, strides and dtypes of a value, to compare: sizes are integers or sympy expressions, quicker than text."""
+    tensors = [x for x in pytree.tree_leaves(node.meta["val"]) if isinstance(x, torch.Tensor)]
+    sizes = ([n if isinstance(n, int) else n.node.expr for n in (*x.shape, *x.stride())] for x in tensors)
+    return tuple((tuple(each), x.dtype) for each, x in zip(sizes, tensors, strict=True))
 
 
 def title(node: fx.Node) -> str:

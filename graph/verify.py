@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from horsepower.graph.exact import Exact, beside
 from horsepower.graph.graph import Graph
-from horsepower.graph.provenance import Name, Region, is_size, is_view, regions, title
+from horsepower.graph.provenance import Name, Region, is_view, layout, regions, title
 from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import op_of
 
@@ -287,17 +287,14 @@ def _signature(region: Region) -> object:
     def described(nodes: Sequence[fx.Node]) -> Iterator[object]:
         for node in nodes:
             for value in node.all_input_nodes:
-                places.setdefault(value, f"in{len(places)} {value.op} {_shape(value)}")
+                if value not in places:
+                    places[value] = f"%{len(places)}"
+                    yield value.op, layout(value)
             places[node] = f"%{len(places)}"
-            yield str(node.target), str(fx.map_arg((node.args, node.kwargs), lambda n: places[n])), _shape(node)
+            yield str(node.target), str(fx.map_arg((node.args, node.kwargs), lambda n: places[n])), layout(node)
 
     path = re.sub(r"\d+", "*", region.module)
     return path, tuple(described(region.fused)), tuple(described(region.replaced))
-
-
-def _shape(node: fx.Node) -> str:
-    values = _tensors(node.meta["val"]) if not is_size(node) else []
-    return " ".join(f"{tuple(x.shape)} {tuple(x.stride())} {x.dtype}" for x in values)
 
 
 def _tensors(value: Any) -> list[Tensor]:
