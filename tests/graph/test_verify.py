@@ -25,7 +25,7 @@ SIZES = (4, 7, 5, 3)  # frames, video tokens a frame, audio, text
 
 
 @cache
-def traced(name="default", dtype=torch.bfloat16):
+def traced(name, dtype):
     """A variant's model and its captured graph, which nobody changes."""
     config = variant(name) if dtype == torch.bfloat16 else replace(variant(name), params_dtype=dtype)
     model = random_model(config, dtype)
@@ -44,7 +44,7 @@ def sites_of(name="default", only=PASSES, kinds=(AS_GIVEN, "random", "tiny"), dt
 
 
 def whole_of(name="default", only=PASSES):
-    model, captured = traced(name)
+    model, captured = traced(name, torch.bfloat16)
     compiled = provenance.snapshot(captured)
     passes.run(compiled, only)
     weights = weights_of(model)
