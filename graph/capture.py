@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from horsepower.graph import repeats
+from horsepower.graph.functionalise import BoundaryError, InPlaceError, functionalise, line_of
 from horsepower.graph.graph import Graph, args_of
 
 
@@ -61,6 +62,10 @@ torch.library.register_fake(
 _ENTER = torch.ops.horsepower_capture.enter.default
 _LEAVE = torch.ops.horsepower_capture.leave.default
 _REPEAT = torch.ops.horsepower_capture.repeat.default
+_SETTINGS: dict[Any, int] = {  # operators that run a region of their own, and how many settings stand before it
+    torch.ops.higher_order.wrap_with_autocast: 4,
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+}
 
 
 def capture(
@@ -76,24 +81,41 @@ def capture(
     dimensions should be distinct and at least 2, else `torch.export` takes them for constants.
     Raises CaptureError where the code breaks the graph.
     """
-    tracing = _Tracing()
-    token = _tracing.set(tracing)
+    blocks = repeats.find(module)
     try:
-        with torch.no_grad():
-            program = torch.export.export(
-                _prepared(module, method), args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
-            )
-    except Exception as error:  # the module's own code runs in there, and may raise anything
-        raise CaptureError(_explained(module, error)) from error
-    finally:
-        _tracing.reset(token)
-    graph = _graph_of(program, len(tracing.outputs))
+        try:
+            graph = _traced(module, args, kwargs, dynamic_shapes, method, blocks)
+        except BoundaryError:  # a block and what surrounds it change one tensor
+            graph = _traced(module, args, kwargs, dynamic_shapes, method, {})
+    except InPlaceError as error:
+        raise CaptureError(str(error)) from None
     _stamp(graph.nodes)
     graph.sweep()
     return graph
 
 
-def _prepared(module: nn.Module, method: str) -> nn.Module:
+def _traced(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, method: str,
+    blocks: Mapping[str, Hashable],
+) -> Graph:  # fmt: skip
+    """One trace of the module, with these blocks marked."""
+    tracing = _Tracing()
+    token = _tracing.set(tracing)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                _prepared(module, method, blocks), args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
+    except Exception as error:  # the module's own code runs in there, and may raise anything
+        raise CaptureError(_explained(module, error)) from error
+    finally:
+        _tracing.reset(token)
+    _inline(program.graph_module)
+    functionalise(program.graph, lambda node: node.target in (_ENTER, _LEAVE, _REPEAT))
+    return _graph_of(program, len(tracing.outputs))
+
+
+def _prepared(module: nn.Module, method: str, blocks: Mapping[str, Hashable]) -> nn.Module:
     """The module with its blocks marked. Copies share all tensors; the module given stays as it is."""
     copies = {"": _shallow(module)}
 
@@ -105,7 +127,7 @@ def _prepared(module: nn.Module, method: str) -> nn.Module:
             parent._modules[name] = copies[path]
         return copies[path]
 
-    for path, kind in repeats.find(module).items():
+    for path, kind in blocks.items():
         block = copied(path)
         block.__dict__["forward"] = _marked(block, kind, path)
     root = copies[""]
@@ -163,6 +185,31 @@ def _key(kind: Hashable, spec: pytree.TreeSpec, leaves: Sequence[Any]) -> Hashab
     return tuple(parts)
 
 
+def _inline(module: fx.GraphModule) -> None:
+    """Regions with a grad mode or autocast of their own become part of the graph; it has no gradients anyway."""
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.higher_order.wrap_with_autocast and args_of(node)[2]:
+            inner = module.get_submodule(str(args_of(node)[4].target))
+            assert isinstance(inner, fx.GraphModule)
+            first = next((each for each in inner.graph.nodes if each.meta.get("stack_trace")), node)
+            raise CaptureError(
+                f"autocast: got {args_of(node)[1]} ({line_of(first)}), allowed: casts that the module writes out"
+            )
+        settings = _SETTINGS.get(node.target)
+        if settings is None:
+            continue
+        region, *operands = node.args[settings:]
+        inner = module.get_submodule(str(region.target))
+        assert isinstance(inner, fx.GraphModule)
+        _inline(inner)
+        copies = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(inner.graph, copies)
+        _splice(node, results)
+        if not region.users:
+            module.graph.erase_node(region)
+
+
 def _graph_of(program: torch.export.ExportedProgram, traced: int) -> Graph:
     """Parameters as get_attr nodes by name, inputs as placeholders, one module path a node."""
     nodes = program.graph
@@ -175,13 +222,6 @@ def _graph_of(program: torch.export.ExportedProgram, traced: int) -> Graph:
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
         raise CaptureError(f"{', '.join(changed)}: changed by the module, allowed: a module that only returns results")
-    for node in nodes.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            line = (node.meta.get("stack_trace") or "an unknown line").strip().splitlines()
-            raise CaptureError(
-                f"{node.target}: changes a tensor in place ({' '.join(map(str.strip, line[-2:]))}), "
-                "allowed: a new tensor"
-            )
     given = iter(signature.user_inputs)
     inputs: list[fx.Node | object] = []
     placeholders = {node.name: node for node in nodes.nodes if node.op == "placeholder"}
