@@ -169,7 +169,7 @@ class _Rewriter:
         """What the changed tensor is afterwards; inside a larger one its strides do not matter."""
         before = target.meta["val"]
         if node.target is aten.copy_.default:
-            new = args_of(node)[1]
+            new: fx.Node = args_of(node)[1]
         else:
             new = self._call(_twin(node.target), (target, *node.args[1:]), node, node.kwargs)
         if _alike(new.meta["val"], before, strides=not inside):
