@@ -1,22 +1,36 @@
-"""The clamped activations of the MLP and the cast that follows, computed in float32.
+"""Activations of the MLP and the cast that follows, computed in float32.
 
 swiglu7, columns interleaved: a = min(u[0::2], 7), b = clamp(u[1::2], -7, 7);  a * sigmoid(1.702 a) * (b + 1)
 gelu7:                        z = min(u, 7);                                   z * sigmoid(1.702 z)
+gelu, gelu_tanh, silu: as torch's of that name.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from horsepower import _native
-from horsepower.kernels.native_library import ISAS, refuses, threads
+from horsepower.kernels.native_library import ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 
 SCHEMA = "(Tensor u, str kind, ScalarType dtype) -> Tensor"
-KINDS = ("swiglu7", "gelu7")
+KINDS = ("swiglu7", "gelu7", "gelu", "gelu_tanh", "silu")  # as the C++ numbers them
+
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def outputs(u: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """u [..., 2 I] -> [..., I] for swiglu7, [..., G] -> [..., G] for gelu7. Raises ValueError for what does not fit."""
+    """u [..., 2 I] -> [..., I] for swiglu7, [..., G] -> [..., G] for the others.
+
+    Raises ValueError for what does not fit.
+    """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, allowed: {', '.join(KINDS)}")
     if kind == "swiglu7" and u.shape[-1] % 2:
@@ -27,6 +41,8 @@ def outputs(u: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
 def reference(u: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The same in plain PyTorch; float64 inputs give the exact answer."""
     u = u.to(torch.promote_types(u.dtype, torch.float32))
+    if kind in PLAIN:
+        return (PLAIN[kind](u).to(dtype),)
     if kind == "gelu7":
         z = u.clamp(max=7)
         return ((z * torch.sigmoid(1.702 * z)).to(dtype),)
@@ -36,8 +52,8 @@ def reference(u: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def native_supports(u: Tensor, kind: str, dtype: torch.dtype) -> str | None:
     """Why the C++ kernel cannot take these inputs, or None."""
-    if u.ndim != 2:
-        return f"u has {u.ndim} dimensions"
+    if pitch(u) is None:
+        return "its rows are not equally far apart"
     if any(x not in (torch.float32, torch.bfloat16) for x in (u.dtype, dtype)):
         return "neither float32 nor bfloat16"
     return refuses(u)
@@ -47,18 +63,18 @@ def native(
     out: tuple[Tensor, ...], _workspace: None, u: Tensor, kind: str, dtype: torch.dtype, isa: str = ISAS[0]
 ) -> None:
     """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""
-    rows, dim = out[0].shape
+    dim = out[0].shape[-1]
     _native.activation(
         isa,
         u.data_ptr(),
         out[0].data_ptr(),
-        u.stride(0),
-        rows,
+        pitch(u) or 0,
+        out[0].numel() // dim if dim else 0,
         dim,
-        kind == "swiglu7",
+        KINDS.index(kind),
         u.dtype == torch.bfloat16,
         dtype == torch.bfloat16,
-        threads(),
+        threads(u.numel()),
     )
 
 

@@ -110,7 +110,7 @@ def native(
         eps,
         branch.dtype == torch.bfloat16,
         dtype == torch.bfloat16,
-        threads(),
+        threads(residual.numel()),
     )
 
 

@@ -2,8 +2,9 @@
 
     out = softmax(q k^T / sqrt(D)) v * sigmoid(gate)
 
-Rows are video (frame-major), audio, text. With a window, a video row sees the frames within `window` of its own, and
-all audio and text; audio and text rows see everything. Query head j reads kv head j // (Hq / Hkv).
+Keys may be those of another sequence. Rows are video (frame-major), audio, text. With a window, a video row sees the
+frames within `window` of its own, and all audio and text; audio and text rows see everything. Query head j reads kv
+head j // (Hq / Hkv).
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from horsepower import _native
 from horsepower.kernels.modality import check_counts, first_rows
 from horsepower.kernels.native_library import ISAS, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
+from horsepower.kernels.sizes import differ
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? gate, int experts, SymInt[] counts, SymInt frames, SymInt video,"
@@ -27,17 +29,21 @@ def outputs(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
     window: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """q [L, Hq, D], k and v [L, Hkv, D] of one dtype -> [L, Hq, D].
+    """q [L, Hq, D], k and v [S, Hkv, D] of one dtype -> [L, Hq, D]; or all of them with a batch in front, without gate.
 
+    With a window, S = L.
     gate, before its sigmoid: [L, Hq] for a gate a token, or [experts * Hq] for one a head (and a modality), or None.
     window: latent frames on either side, or -1 for all; the first `video` rows are `frames` frames of equal size.
     Raises ValueError for inputs that do not belong together.
     """
-    if not q.ndim == k.ndim == v.ndim == 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or k.shape[1] < 1:
-        raise ValueError(f"q, k, v: got {[list(x.shape) for x in (q, k, v)]}, allowed: [L, Hq, D], 2 x [L, Hkv, D]")
-    if not q.dtype == k.dtype == v.dtype or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q, k, v: got {q.shape[1]}, {k.shape[1]} heads, allowed: Hkv that divides Hq; one dtype")
-    L, Hq = q.shape[:2]
+    same = (*q.shape[:-3], *((q.shape[-3],) if window >= 0 else k.shape[-3:-2]), k.shape[-2], q.shape[-1])
+    if q.ndim not in (3, 4) or differ(k.shape, same) or differ(v.shape, same) or k.shape[-2] < 1:
+        raise ValueError(f"q, k, v: got {[list(x.shape) for x in (q, k, v)]}, allowed: [L, Hq, D], 2 x [S, Hkv, D]")
+    if not q.dtype == k.dtype == v.dtype or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"q, k, v: got {q.shape[-2]}, {k.shape[-2]} heads, allowed: Hkv that divides Hq; one dtype")
+    L, Hq = q.shape[-3:-1]
+    if q.ndim == 4 and (gate is not None or window >= 0):
+        raise ValueError("q: got a batch, allowed: one sequence, for a gate or a window")
     if gate is not None and gate.shape not in ((L, Hq), (experts * Hq,)):
         raise ValueError(f"gate: got {list(gate.shape)}, allowed: [{L}, {Hq}] or [{experts * Hq}]")
     if gate is not None and gate.ndim == 1 and experts != 1:
@@ -49,9 +55,9 @@ def outputs(
     return (q.new_empty(q.shape),)
 
 
-def key_ranges(frames: int, video: int, window: int, rows: int) -> list[tuple[slice, tuple[slice, ...]]]:
+def key_ranges(frames: int, video: int, window: int, rows: int, keys: int) -> list[tuple[slice, tuple[slice, ...]]]:
     """Query rows, and the ranges of keys that they see; the ranges of queries are disjoint and cover all rows."""
-    everything = (slice(0, rows),)
+    everything = (slice(0, keys),)
     if window < 0:
         return [(slice(0, rows), everything)]
     tokens = video // frames
@@ -73,8 +79,11 @@ def reference(
     window: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """torch's attention, one call a range of queries; the gate in at least float32."""
+    if q.ndim == 4:
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        return (F.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2).contiguous(),)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for queries, keys in key_ranges(frames, video, window, q.shape[0]):
+    for queries, keys in key_ranges(frames, video, window, q.shape[-3], k.shape[-3]):
         if queries.stop > queries.start:
             seen = (torch.cat([x[part] for part in keys]) if len(keys) > 1 else x[keys[0]] for x in (k, v))
             query, key, value = (x.transpose(0, 1)[None] for x in (q[queries], *seen))
@@ -96,13 +105,22 @@ def native_supports(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: ob
     given = (q, k, v) if gate is None else (q, k, v, gate)
     if any(x.dtype not in (torch.float32, torch.bfloat16) for x in given):
         return "neither float32 nor bfloat16"
+    if k.shape[-3] < 1:
+        return "there are no keys"
+    if q.ndim == 4 and q.dtype == torch.float32 and 16 * _work(q, k) < 2**20:
+        return "torch's attention is faster for so few tokens"
     return refuses(*given)
 
 
 def native_workspace(q: Tensor, k: Tensor, *_: object, isa: str = ISAS[0]) -> int:
     """Bytes for packed keys and values, and for what each thread works on."""
-    (L, Hq, D), Hkv = q.shape, k.shape[1]
-    return _native.attention_workspace(isa, L, Hq, Hkv, D, q.dtype == torch.bfloat16, threads())
+    (Hq, D), (S, Hkv) = q.shape[-2:], k.shape[-3:-1]
+    return _native.attention_workspace(isa, S, Hq, Hkv, D, q.dtype == torch.bfloat16, threads(_work(q, k)))
+
+
+def _work(q: Tensor, k: Tensor) -> int:
+    """Of one sequence, in elements as long as those that are merely read: 16 multiplications each."""
+    return q.shape[-3] * q.shape[-2] * q.shape[-1] * k.shape[-3] // 16
 
 
 def native(
@@ -113,11 +131,15 @@ def native(
 
     Where the CPU multiplies bfloat16, the weights of the values are rounded to it; softmax is in float32.
     """
+    if q.ndim == 4:
+        for each in zip(out[0], q, k, v, strict=True):
+            native((each[0],), workspace, *each[1:], None, 1, [], frames, video, window, isa)
+        return
     L, Hq, D = q.shape
     own = gate is not None and gate.ndim == 1 and experts != 1  # a gate for each modality
     second, third = first_rows(own, counts, L)
     ranges: list[int] = []
-    for rows, keys in key_ranges(frames, video, window, L):
+    for rows, keys in key_ranges(frames, video, window, L, k.shape[0]):
         for part in (rows, *keys, slice(0, 0))[:3]:
             ranges += (part.start, part.stop)
     _native.attention(
@@ -138,13 +160,13 @@ def native(
         second,
         third,
         ranges,
-        L,
+        k.shape[0],
         Hq,
         k.shape[1],
         D,
         q.dtype == torch.bfloat16,
         gate is not None and gate.dtype == torch.bfloat16,
-        threads(),
+        threads(_work(q, k)),
     )
 
 
@@ -155,10 +177,12 @@ def cost(
     """Two products over the pairs that see each other; each tensor passes memory once."""
     pairs = sum(
         (rows.stop - rows.start) * sum(part.stop - part.start for part in keys)
-        for rows, keys in key_ranges(frames, video, window, q.shape[0])
+        for rows, keys in key_ranges(frames, video, window, q.shape[-3], k.shape[-3])
     )
     moved = (2 * q.numel() + k.numel() + v.numel()) * q.itemsize
-    return Cost(4 * pairs * q.shape[1] * q.shape[2], moved + (gate.numel() * gate.itemsize if gate is not None else 0))
+    sequences = q.shape[0] if q.ndim == 4 else 1
+    gates = gate.numel() * gate.itemsize if gate is not None else 0
+    return Cost(4 * sequences * pairs * q.shape[-2] * q.shape[-1], moved + gates)
 
 
 ATTENTION = register(

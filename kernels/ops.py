@@ -6,6 +6,7 @@ from horsepower.kernels import (  # noqa: F401 importing an op registers it
     activation,
     add_rms_norm,
     attention,
+    layer_norm,
     linear,
     linear_activation,
     linear_add_rms_norm,
@@ -13,6 +14,7 @@ from horsepower.kernels import (  # noqa: F401 importing an op registers it
     qk_norm_rope,
     rms_norm,
     rope,
+    silu_mul,
 )
 
 ops = torch.ops.horsepower

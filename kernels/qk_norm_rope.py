@@ -95,7 +95,7 @@ def native(
         third,
         eps,
         qkv.dtype == torch.bfloat16,
-        threads(),
+        threads(L * (heads_q + heads_kv) * D),
     )
 
 

@@ -31,7 +31,7 @@ struct Layout {
   explicit Layout(const Attention& a) {
     units = (a.dim + Units::DEPTH - 1) / Units::DEPTH;
     width = round_up(a.dim, LANES);
-    const int64_t rows = round_up(a.rows, TILE_WIDTH);
+    const int64_t rows = round_up(a.keys, TILE_WIDTH);
     keys = round_up(rows * units, 16);
     values = round_up(rows / Units::DEPTH * width, 16);
     query = 0;
@@ -94,7 +94,7 @@ template <typename Units, typename T>
 void pack_keys(const Attention& a, const Layout<Units>& at, int64_t head, int64_t tile, uint32_t* keys,
                uint32_t* values) {
   const int64_t first = tile * TILE_WIDTH;
-  const int64_t rows = a.rows - first < TILE_WIDTH ? a.rows - first : TILE_WIDTH;
+  const int64_t rows = a.keys - first < TILE_WIDTH ? a.keys - first : TILE_WIDTH;
   const T* k = static_cast<const T*>(a.k) + head * a.k_head + first * a.k_pitch;
   const T* v = static_cast<const T*>(a.v) + head * a.v_head + first * a.v_pitch;
   keys += tile * TILE_WIDTH * at.units;
@@ -277,7 +277,7 @@ void attention_in(const Attention& a) {
   uint32_t* keys = static_cast<uint32_t*>(a.workspace);
   uint32_t* values = keys + a.kv_heads * at.keys;
   uint32_t* scratch = values + a.kv_heads * at.values;
-  const int64_t tiles = (a.rows + TILE_WIDTH - 1) / TILE_WIDTH;
+  const int64_t tiles = (a.keys + TILE_WIDTH - 1) / TILE_WIDTH;
   int64_t tasks = 0;
   for (int64_t i = 0; i < a.range_count; ++i) tasks += tasks_of(a, a.ranges + 6 * i);
 

@@ -41,10 +41,27 @@ void add_rms_norm(const std::string& isa, uintptr_t residual, uintptr_t branch, 
 }
 
 void activation(const std::string& isa, uintptr_t u, uintptr_t out, int64_t pitch, int64_t rows, int64_t dim,
-                bool gated, bool u_bf16, bool out_bf16, int threads) {
+                int kind, bool u_bf16, bool out_bf16, int threads) {
   const auto& ops = require(isa);
   nb::gil_scoped_release release;
-  ops.activation({at<const void>(u), at<void>(out), pitch, rows, dim, gated, u_bf16, out_bf16, threads});
+  ops.activation({at<const void>(u), at<void>(out), pitch, rows, dim,
+                  static_cast<horsepower::Activation::Kind>(kind), u_bf16, out_bf16, threads});
+}
+
+void silu_mul(const std::string& isa, uintptr_t gate, uintptr_t up, uintptr_t out, int64_t gate_pitch,
+              int64_t up_pitch, int64_t rows, int64_t dim, bool bf16, bool out_bf16, int threads) {
+  const auto& ops = require(isa);
+  nb::gil_scoped_release release;
+  ops.silu_mul({at<const void>(gate), at<const void>(up), at<void>(out), gate_pitch, up_pitch, rows, dim, bf16,
+                out_bf16, threads});
+}
+
+void layer_norm(const std::string& isa, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t pitch,
+                int64_t rows, int64_t dim, float eps, bool x_bf16, bool out_bf16, int threads) {
+  const auto& ops = require(isa);
+  nb::gil_scoped_release release;
+  ops.layer_norm({at<const void>(x), at<const float>(weight), at<const float>(bias), at<void>(out), pitch, rows, dim,
+                  eps, x_bf16, out_bf16, threads});
 }
 
 void qk_norm_rope(const std::string& isa, uintptr_t qkv, uintptr_t q_gain, uintptr_t k_gain, uintptr_t rope,
@@ -67,10 +84,10 @@ void rms_norm(const std::string& isa, uintptr_t x, uintptr_t gain, uintptr_t out
                 {second, third}, eps, x_bf16, out_bf16, threads});
 }
 
-int64_t attention_workspace(const std::string& isa, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+int64_t attention_workspace(const std::string& isa, int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim,
                             bool bf16, int threads) {
   horsepower::Attention sizes{};
-  sizes.rows = rows;
+  sizes.keys = keys;
   sizes.heads = heads;
   sizes.kv_heads = kv_heads;
   sizes.dim = dim;
@@ -82,12 +99,12 @@ int64_t attention_workspace(const std::string& isa, int64_t rows, int64_t heads,
 void attention(const std::string& isa, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t gate, uintptr_t out,
                uintptr_t workspace, int64_t q_pitch, int64_t q_head, int64_t k_pitch, int64_t k_head, int64_t v_pitch,
                int64_t v_head, int64_t gate_pitch, int64_t second, int64_t third, const std::vector<int64_t>& ranges,
-               int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, bool bf16, bool gate_bf16, int threads) {
+               int64_t keys, int64_t heads, int64_t kv_heads, int64_t dim, bool bf16, bool gate_bf16, int threads) {
   const auto& ops = require(isa);
   nb::gil_scoped_release release;
   ops.attention({at<const void>(q), at<const void>(k), at<const void>(v), at<const void>(gate), at<void>(out),
                  at<void>(workspace), q_pitch, q_head, k_pitch, k_head, v_pitch, v_head, gate_pitch, {second, third},
-                 ranges.data(), static_cast<int64_t>(ranges.size() / 6), rows, heads, kv_heads, dim, bf16, gate_bf16,
+                 ranges.data(), static_cast<int64_t>(ranges.size() / 6), keys, heads, kv_heads, dim, bf16, gate_bf16,
                  threads});
 }
 
@@ -101,8 +118,13 @@ NB_MODULE(_native, m) {
         "normed"_a, "residual_pitch"_a, "branch_pitch"_a, "post_gain_pitch"_a, "gain_pitch"_a, "rows"_a, "dim"_a,
         "second"_a, "third"_a, "eps"_a, "branch_bf16"_a, "normed_bf16"_a, "threads"_a,
         "See horsepower.kernels.add_rms_norm. Addresses; pitches in elements.");
-  m.def("activation", &activation, "isa"_a, "u"_a, "out"_a, "pitch"_a, "rows"_a, "dim"_a, "gated"_a, "u_bf16"_a,
+  m.def("activation", &activation, "isa"_a, "u"_a, "out"_a, "pitch"_a, "rows"_a, "dim"_a, "kind"_a, "u_bf16"_a,
         "out_bf16"_a, "threads"_a, "See horsepower.kernels.activation. Addresses; pitches in elements.");
+  m.def("silu_mul", &silu_mul, "isa"_a, "gate"_a, "up"_a, "out"_a, "gate_pitch"_a, "up_pitch"_a, "rows"_a, "dim"_a,
+        "bf16"_a, "out_bf16"_a, "threads"_a, "See horsepower.kernels.silu_mul. Addresses; pitches in elements.");
+  m.def("layer_norm", &layer_norm, "isa"_a, "x"_a, "weight"_a, "bias"_a, "out"_a, "pitch"_a, "rows"_a, "dim"_a,
+        "eps"_a, "x_bf16"_a, "out_bf16"_a, "threads"_a,
+        "See horsepower.kernels.layer_norm. Addresses; pitches in elements.");
   m.def("qk_norm_rope", &qk_norm_rope, "isa"_a, "qkv"_a, "q_gain"_a, "k_gain"_a, "rope"_a, "q"_a, "k"_a,
         "qkv_pitch"_a, "rope_pitch"_a, "gain_pitch"_a, "rows"_a, "heads_q"_a, "heads_kv"_a, "dim"_a, "half"_a,
         "second"_a, "third"_a, "eps"_a, "bf16"_a, "threads"_a,
@@ -110,10 +132,10 @@ NB_MODULE(_native, m) {
   m.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "gain"_a, "out"_a, "pitch"_a, "gain_pitch"_a, "rows"_a, "dim"_a,
         "second"_a, "third"_a, "eps"_a, "x_bf16"_a, "out_bf16"_a, "threads"_a,
         "See horsepower.kernels.rms_norm. Addresses; pitches in elements.");
-  m.def("attention_workspace", &attention_workspace, "isa"_a, "rows"_a, "heads"_a, "kv_heads"_a, "dim"_a, "bf16"_a,
+  m.def("attention_workspace", &attention_workspace, "isa"_a, "keys"_a, "heads"_a, "kv_heads"_a, "dim"_a, "bf16"_a,
         "threads"_a, "Bytes of scratch memory that attention needs.");
   m.def("attention", &attention, "isa"_a, "q"_a, "k"_a, "v"_a, "gate"_a, "out"_a, "workspace"_a, "q_pitch"_a,
         "q_head"_a, "k_pitch"_a, "k_head"_a, "v_pitch"_a, "v_head"_a, "gate_pitch"_a, "second"_a, "third"_a,
-        "ranges"_a, "rows"_a, "heads"_a, "kv_heads"_a, "dim"_a, "bf16"_a, "gate_bf16"_a, "threads"_a,
+        "ranges"_a, "keys"_a, "heads"_a, "kv_heads"_a, "dim"_a, "bf16"_a, "gate_bf16"_a, "threads"_a,
         "See horsepower.kernels.attention. Addresses; pitches in elements; six numbers a range.");
 }

@@ -22,11 +22,30 @@ struct AddRmsNorm {
 };
 
 struct Activation {
-  const void* u;  // [rows, dim], or [rows, 2 dim] when gated, rows pitch apart; bf16 or float
+  enum Kind { SWIGLU7, GELU7, GELU, GELU_TANH, SILU };
+  const void* u;  // [rows, dim], or interleaved pairs [rows, 2 dim] for SWIGLU7, rows pitch apart; bf16 or float
   void* out;      // [rows, dim]; bf16 or float
   int64_t pitch, rows, dim;
-  bool gated;     // swiglu7 of interleaved pairs, else gelu7
+  Kind kind;
   bool u_bf16, out_bf16;
+  int threads;
+};
+
+struct SiluMul {
+  const void *gate, *up;  // [rows, dim], rows gate_pitch and up_pitch apart; both bf16 or float
+  void* out;              // [rows, dim]; bf16 or float
+  int64_t gate_pitch, up_pitch, rows, dim;
+  bool bf16, out_bf16;
+  int threads;
+};
+
+struct LayerNorm {
+  const void* x;              // [rows, dim], rows pitch apart; bf16 or float
+  const float *weight, *bias; // [dim]; null for none
+  void* out;                  // [rows, dim]; bf16 or float
+  int64_t pitch, rows, dim;
+  float eps;
+  bool x_bf16, out_bf16;
   int threads;
 };
 
@@ -46,7 +65,7 @@ struct QkNormRope {
 
 struct RmsNorm {
   const void* x;          // [rows, dim], rows pitch apart; bf16 or float
-  const float* gain;      // [dim] or [3, dim]
+  const float* gain;      // [dim] or [3, dim]; null for none
   void* out;              // [rows, dim]; bf16 or float
   int64_t pitch, gain_pitch, rows, dim;
   int64_t first_rows[2];  // as above
@@ -57,18 +76,18 @@ struct RmsNorm {
 
 struct Attention {
   const void* q;             // [rows, heads, dim]; bf16 or float, as are k, v and out
-  const void* k;             // [rows, kv_heads, dim]
-  const void* v;             // [rows, kv_heads, dim]
+  const void* k;             // [keys, kv_heads, dim]
+  const void* v;             // [keys, kv_heads, dim]
   const void* gate;          // before the sigmoid, [rows, heads] or [experts, heads]; null for none; bf16 or float
   void* out;                 // [rows, heads, dim], contiguous
   void* workspace;           // as many bytes as attention_workspace says, at a multiple of 64
   int64_t q_pitch, q_head;   // elements between rows and between heads
   int64_t k_pitch, k_head, v_pitch, v_head;
   int64_t gate_pitch;        // elements between the gates of two rows; 0 for one a head
-  int64_t first_rows[2];     // where the second and the third expert's rows begin; `rows` when there is one expert
+  int64_t first_rows[2];     // where the second and the third expert's rows begin; all when there is one expert
   const int64_t* ranges;     // [range_count, 6]: first and last + 1 of query rows, and of two ranges of keys they see
   int64_t range_count;
-  int64_t rows, heads, kv_heads, dim;
+  int64_t keys, heads, kv_heads, dim;
   bool bf16, gate_bf16;
   int threads;
 };
@@ -76,10 +95,12 @@ struct Attention {
 struct Ops {
   void (*add_rms_norm)(const AddRmsNorm&);
   void (*activation)(const Activation&);
-  int64_t (*attention_workspace)(const Attention&);  // reads only rows, heads, kv_heads, dim, bf16 and threads
+  int64_t (*attention_workspace)(const Attention&);  // reads only keys, heads, kv_heads, dim, bf16 and threads
   void (*attention)(const Attention&);
   void (*qk_norm_rope)(const QkNormRope&);
   void (*rms_norm)(const RmsNorm&);
+  void (*layer_norm)(const LayerNorm&);
+  void (*silu_mul)(const SiluMul&);
 };
 
 const Ops& portable_ops();

@@ -33,12 +33,43 @@ def activation(
     pitch: int,
     rows: int,
     dim: int,
-    gated: bool,
+    kind: int,
     u_bf16: bool,
     out_bf16: bool,
     threads: int,
 ) -> None:
     """See horsepower.kernels.activation. Addresses; pitches in elements."""
+
+def silu_mul(
+    isa: str,
+    gate: int,
+    up: int,
+    out: int,
+    gate_pitch: int,
+    up_pitch: int,
+    rows: int,
+    dim: int,
+    bf16: bool,
+    out_bf16: bool,
+    threads: int,
+) -> None:
+    """See horsepower.kernels.silu_mul. Addresses; pitches in elements."""
+
+def layer_norm(
+    isa: str,
+    x: int,
+    weight: int,
+    bias: int,
+    out: int,
+    pitch: int,
+    rows: int,
+    dim: int,
+    eps: float,
+    x_bf16: bool,
+    out_bf16: bool,
+    threads: int,
+) -> None:
+    """See horsepower.kernels.layer_norm. Addresses; pitches in elements."""
 
 def qk_norm_rope(
     isa: str,
@@ -82,7 +113,7 @@ def rms_norm(
 ) -> None:
     """See horsepower.kernels.rms_norm. Addresses; pitches in elements."""
 
-def attention_workspace(isa: str, rows: int, heads: int, kv_heads: int, dim: int, bf16: bool, threads: int) -> int:
+def attention_workspace(isa: str, keys: int, heads: int, kv_heads: int, dim: int, bf16: bool, threads: int) -> int:
     """Bytes of scratch memory that attention needs."""
 
 def attention(
@@ -103,7 +134,7 @@ def attention(
     second: int,
     third: int,
     ranges: list[int],
-    rows: int,
+    keys: int,
     heads: int,
     kv_heads: int,
     dim: int,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from exactness import check_exactness
 from horsepower.kernels.attention import (
     ATTENTION,
     key_ranges,
@@ -201,7 +202,11 @@ def test_any_strides_of_rows_and_heads(isa):
 @pytest.mark.parametrize("frames", [1, 3, 26])
 @pytest.mark.parametrize("window", [-1, 0, 1, 11])
 def test_ranges_cover_all_queries_once(frames, window):
-    covered = [i for rows, _ in key_ranges(frames, frames * 5, window, frames * 5 + 4) for i in range(200)[rows]]
+    covered = [
+        i
+        for rows, _ in key_ranges(frames, frames * 5, window, frames * 5 + 4, frames * 5 + 4)
+        for i in range(200)[rows]
+    ]
     assert covered == list(range(frames * 5 + 4))
 
 
@@ -242,7 +247,7 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
     ("change", "field"),
     [
         ({"q": torch.zeros(6, 32)}, "q, k, v"),
-        ({"q": torch.zeros(5, 4, 8)}, "q, k, v"),
+        ({"q": torch.zeros(5, 4, 8), "window": 1}, "q, k, v"),
         ({"q": torch.zeros(6, 3, 8)}, "q, k, v"),
         ({"q": torch.zeros(6, 4, 8, dtype=BF16)}, "q, k, v"),
         ({"k": torch.zeros(6, 2, 7)}, "q, k, v"),
@@ -268,3 +273,33 @@ def test_cost_counts_the_pairs_that_see_each_other():
     assert full.flops == 4 * 23 * 23 * 4 * 32
     assert seen.flops == 4 * (20 * (5 + 3) + 3 * 23) * 4 * 32
     assert full.bytes == seen.bytes == 23 * 32 * (4 + 4 + 2 + 2) * 2 + 23 * 4 * 4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(1, 7, 13), (3, 50, 1), (2, 1, 600), (2, 65, 64), (0, 3, 4)])
+def test_other_keys_and_a_batch(isa, dtype, batch, rows, keys):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, rows, 4, 24), (batch, keys, 2, 24), (batch, keys, 2, 24))
+    q, k, v = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
+    rest = (None, 1, [], 1, 0, -1)
+    out = outputs(q, k, v, *rest)
+    out[0].fill_(torch.nan)
+    workspace = torch.empty(native_workspace(q, k, isa=isa), dtype=torch.uint8)
+    native(out, workspace, q, k, v, *rest, isa=isa)
+    exact = reference(q.double(), k.double(), v.double(), *rest)[0]
+    check_exactness(out[0], reference(q, k, v, *rest)[0], exact)
+
+
+def test_without_keys_the_reference_answers():
+    q, k = torch.ones(3, 2, 8), torch.ones(0, 2, 8)
+    assert native_supports(q, k, k, None) == "there are no keys"
+    with pytest.raises(ValueError, match="^q: got a batch"):
+        ATTENTION(q[None], q[None], q[None], torch.ones(2), 1, [], 1, 0, -1)
+
+
+def test_few_float32_tokens_go_to_torch():
+    few, many = torch.ones(2, 16, 4, 16), torch.ones(2, 256, 4, 16)
+    assert native_supports(few, few, few, None) == "torch's attention is faster for so few tokens"
+    assert native_supports(many, many, many, None) is None
+    assert native_supports(few.bfloat16(), few.bfloat16(), few.bfloat16(), None) is None

@@ -99,7 +99,7 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
     good = inputs(6, 40, F32, F32)
     assert native_supports(*good) is None
     for i, change, reason in [
-        (0, good[0][:, None], "x has 3 dimensions"),
+        (0, good[0].expand(2, 6, 40), "its rows are not equally far apart"),
         (0, good[0].double(), "neither float32 nor bfloat16"),
         (0, good[0].T.contiguous().T, "the last dimension is not contiguous"),
         (1, good[1].bfloat16(), "gain is not float32"),
@@ -123,6 +123,20 @@ def test_wrong_inputs_name_the_field(i, change, field):
     good = inputs(6, 40)
     with pytest.raises(ValueError, match=f"^{field}: got"):
         RMS_NORM(*good[:i], change, *good[i + 1 :])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(F32, F32), (BF16, F32), (F32, BF16), (BF16, BF16)])
+def test_a_batch_without_a_gain(isa, x_dtype, dtype):
+    x = torch.randn(3, 5, 34, generator=torch.Generator().manual_seed(0)).to(x_dtype)
+    arguments = (x, None, 1, [], 1e-6, dtype)
+    out = outputs(*arguments)
+    out[0].fill_(torch.nan)
+    native(out, None, *arguments, isa=isa)
+    exact = reference(x.double(), None, 1, [], 1e-6, torch.float64)[0]
+    check_exactness(out[0], reference(*arguments)[0], exact)
+    assert native_supports(*arguments) is None
+    assert native_supports(x, torch.ones(102), 3, [1, 1, 1], 1e-6, dtype) == "x has 3 dimensions"
 
 
 def test_cost_counts_each_tensor_once():
