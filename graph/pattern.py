@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
-from horsepower.graph.graph import dtype_of
+from horsepower.graph.graph import Graph, dtype_of
 
 Found = dict[str, Any]
 
@@ -81,6 +82,24 @@ def after_cast(node: fx.Node) -> fx.Node:
     """The cast that alone reads a node, else the node. For ops that cast what they return."""
     users = list(node.users)
     return users[0] if len(users) == 1 and is_cast(users[0]) else node
+
+
+def one_row(node: Any, like: fx.Node) -> bool:
+    """Whether a node is one vector along the last dimension of another."""
+    return isinstance(node, fx.Node) and str(node.meta["val"].shape) == str(like.meta["val"].shape[-1:])
+
+
+def widened(graph: Graph, weight: Any) -> Any:
+    """A bfloat16 weight in float32, which is what the kernels read; cast once, at load. Any other as it is."""
+    if not isinstance(weight, fx.Node) or dtype_of(weight) != torch.bfloat16:
+        return weight
+    with graph.nodes.inserting_after(weight):
+        return graph.call(torch.ops.aten.to.dtype, weight, torch.float32, like=weight)
+
+
+def computed_by(values: Any, place: fx.Node) -> bool:
+    """Whether all nodes among some arguments stand before a place in the graph."""
+    return all(value < place for value in pytree.tree_leaves(values) if isinstance(value, fx.Node))
 
 
 def _bind(patterns: Any, values: Any, found: Found) -> Iterator[Found]:

@@ -16,9 +16,12 @@ from horsepower.graph.passes.hoist import hoist
 from horsepower.graph.passes.lower import lower
 from horsepower.graph.passes.raise_activation import raise_activation
 from horsepower.graph.passes.raise_attention import raise_attention
+from horsepower.graph.passes.raise_layer_norm import raise_layer_norm
 from horsepower.graph.passes.raise_linear import raise_linear
+from horsepower.graph.passes.raise_mask import raise_mask
 from horsepower.graph.passes.raise_rms_norm import raise_rms_norm
 from horsepower.graph.passes.raise_rope import raise_rope
+from horsepower.graph.passes.raise_silu_mul import raise_silu_mul
 from horsepower.graph.spec import check
 
 Pass = Callable[[Graph], None]
@@ -28,8 +31,11 @@ PASSES: tuple[Pass, ...] = (
     hoist,
     raise_linear,
     raise_rms_norm,
+    raise_layer_norm,
     raise_rope,
+    raise_mask,
     raise_attention,
+    raise_silu_mul,
     raise_activation,
     fuse_gate,
     fuse_qkv,

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, dtype_of
-from horsepower.graph.pattern import is_cast
+from horsepower.graph.pattern import computed_by, is_cast
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -30,6 +30,9 @@ def fuse_add_norm(graph: Graph) -> None:
         if node.target is not ops.rms_norm.default or not _is_sum(total := node.args[0]):
             continue
         _, gain, _, counts, eps, dtype = args_of(node)
+        if gain is None:
+            graph.refuse("fuse_add_norm", node, "the norm has no gain")
+            continue
         residual, branch = _sides(total)
         if branch is None:
             graph.refuse("fuse_add_norm", node, "neither side of the sum is a projection of its own")
@@ -45,6 +48,9 @@ def fuse_add_norm(graph: Graph) -> None:
             continue
         if not _narrower(dtype_of(residual), dtype_of(total)) or not _narrower(dtype_of(linear), dtype_of(total)):
             graph.refuse("fuse_add_norm", node, f"the sum is kept in {dtype_of(total)}")
+            continue
+        if not computed_by((gain, all_counts), total):
+            graph.refuse("fuse_add_norm", node, "the gain or the counts are computed later than the sum")
             continue
         with graph.nodes.inserting_before(total):
             if dtype_of(residual) != dtype_of(total):
@@ -85,7 +91,7 @@ def _branch(side: object) -> Branch | None:
                 return Branch(side, None, [], None)
             _, gain, _, counts, eps, _ = post.args
             return Branch(side, gain, counts, eps)  # type: ignore[arg-type]
-        if side.target is ops.rms_norm.default and post is None:
+        if side.target is ops.rms_norm.default and post is None and side.args[1] is not None:
             post = side
         elif not is_cast(side):
             return None

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, dtype_of, value_of
-from horsepower.graph.pattern import Call, Hole
+from horsepower.graph.pattern import Call, Hole, computed_by
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -43,11 +43,15 @@ def fuse_qkv(graph: Graph) -> None:
         heads_q, heads_kv = (width // D for width in found["widths"][:2])
         x, weight, linear_experts, counts = u.args
         split = next(user for user in u.users if user.target is aten.split_with_sizes.default)
+        operands = (
+            x, weight, found["gain0"], found_k["gain1"], found["rope"], linear_experts, counts, heads_q, heads_kv, D,
+            found["eps"],
+        )  # fmt: skip
+        if not computed_by(operands, split):
+            graph.refuse("fuse_qkv", q, "a gain or the table is computed later than the projection is split")
+            continue
         with graph.nodes.inserting_before(split):
-            fused = graph.call(
-                FUSED, x, weight, found["gain0"], found_k["gain1"], found["rope"], linear_experts, counts, heads_q,
-                heads_kv, D, found["eps"], like=q,
-            )  # fmt: skip
+            fused = graph.call(FUSED, *operands, like=q)
             new_q, new_k, rest = (graph.call(operator.getitem, fused, i, like=q) for i in range(3))
             widths = found["widths"][2:]
             others = graph.call(aten.split_with_sizes.default, rest, widths, -1, like=q)
@@ -65,6 +69,8 @@ def _refusal(u: fx.Node, q: dict, k: tuple[fx.Node, dict] | None) -> str | None:
         return "no keys beside the queries are normed and turned"
     if u.target is not ops.linear.default:
         return "the columns are not those of a projection without a bias"
+    if q["gain0"] is None or k[1]["gain1"] is None:
+        return "a norm has no gain"
     if any(q[name] != k[1][name] for name in ("rope", "experts", "counts", "eps", "dtype", "head_dim")):
         return "queries and keys differ in table, experts, epsilon or dtype"
     if q["experts"] != u.args[2] or q["dtype"] != dtype_of(u):

@@ -1,8 +1,12 @@
-"""The clamped SwiGLU and GELU, widened before and narrowed after, become `activation`. Proves: the same formula."""
+"""Clamped SwiGLU and GELU, and torch's GELU and SiLU, widened before and narrowed after, become `activation`.
+
+Proves: the same formula.
+"""
 
 import sys
 
 import torch
+from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
 from horsepower.graph.pattern import Call, Hole, after_cast, before_widening
@@ -46,3 +50,19 @@ def raise_activation(graph: Graph) -> None:
             graph.replace(last, new)
             graph.take("raise_activation", new)
         graph.sweep()
+    for node in graph.nodes.nodes:
+        if (name := _plain(node)) is not None:
+            (given,), last = node.args, after_cast(node)
+            with graph.nodes.inserting_before(last):
+                new = graph.call(ACTIVATION, before_widening(given), name, dtype_of(last), like=node)
+            graph.replace(last, new)
+            graph.take("raise_activation", new)
+
+
+def _plain(node: fx.Node) -> str | None:
+    """The kind of an activation that torch has as one operator."""
+    if node.target is aten.silu.default:
+        return "silu"
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return None

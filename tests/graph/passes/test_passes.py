@@ -116,11 +116,11 @@ class Cross(nn.Module):
         return F.scaled_dot_product_attention(q, k, k)[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize(("keys", "taken"), [(5, 1), (7, 0)])
-def test_attention_to_another_sequence_is_left(keys, taken):
+@pytest.mark.parametrize("keys", [5, 7])
+def test_attention_to_another_sequence(keys):
     q, k = torch.randn(5, 2, 8), torch.randn(keys, 2, 8)
     graph = passes.run(capture(Cross(), (q, k)))
-    assert graph.taken("raise_attention") == taken
+    assert graph.taken("raise_attention") == 1
     torch.testing.assert_close(graph.run({}, q, k), Cross()(q, k))
 
 
