@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from horsepower import _native
-from horsepower.kernels.native_library import ISAS, pitch, refuses, threads
+from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 
 SCHEMA = "(Tensor u, str kind, ScalarType dtype) -> Tensor"
@@ -54,7 +54,7 @@ def native_supports(u: Tensor, kind: str, dtype: torch.dtype) -> str | None:
     """Why the C++ kernel cannot take these inputs, or None."""
     if pitch(u) is None:
         return "its rows are not equally far apart"
-    if any(x not in (torch.float32, torch.bfloat16) for x in (u.dtype, dtype)):
+    if u.dtype not in FLOATS or dtype not in FLOATS:
         return "neither float32 nor bfloat16"
     return refuses(u)
 

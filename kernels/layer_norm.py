@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from horsepower import _native
-from horsepower.kernels.native_library import ISAS, pitch, refuses, threads
+from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.sizes import differ
 
@@ -39,7 +39,7 @@ def native_supports(
     """Why the C++ kernel cannot take these inputs, or None."""
     if pitch(x) is None:
         return "its rows are not equally far apart"
-    if any(kind not in (torch.float32, torch.bfloat16) for kind in (x.dtype, dtype)):
+    if x.dtype not in FLOATS or dtype not in FLOATS:
         return "neither float32 nor bfloat16"
     own = [each for each in (weight, bias) if each is not None]
     if any(each.dtype != torch.float32 for each in own):

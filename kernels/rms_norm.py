@@ -11,7 +11,7 @@ from torch import Tensor
 
 from horsepower import _native
 from horsepower.kernels.modality import by_modality, check_experts, first_rows
-from horsepower.kernels.native_library import ISAS, pitch, refuses, threads
+from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.sizes import differ
 
@@ -48,7 +48,7 @@ def native_supports(
     """Why the C++ kernel cannot take these inputs, or None."""
     if pitch(x) is None or (experts != 1 and x.ndim != 2):
         return "its rows are not equally far apart" if experts == 1 else f"x has {x.ndim} dimensions"
-    if any(kind not in (torch.float32, torch.bfloat16) for kind in (x.dtype, dtype)):
+    if x.dtype not in FLOATS or dtype not in FLOATS:
         return "neither float32 nor bfloat16"
     if gain is None:
         return refuses(x)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from horsepower import _native
-from horsepower.kernels.native_library import ISAS, pitch, refuses, threads
+from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.sizes import differ
 
@@ -29,7 +29,7 @@ def native_supports(gate: Tensor, up: Tensor, dtype: torch.dtype) -> str | None:
     """Why the C++ kernel cannot take these inputs, or None."""
     if pitch(gate) is None or pitch(up) is None:
         return "their rows are not equally far apart"
-    if any(kind not in (torch.float32, torch.bfloat16) for kind in (gate.dtype, dtype)):
+    if gate.dtype not in FLOATS or dtype not in FLOATS:
         return "neither float32 nor bfloat16"
     return refuses(gate, up)
 

@@ -1,15 +1,28 @@
-"""Each fused op that no single kernel computes becomes its parts: a library matrix product and a native epilogue."""
+"""Each fused op that no single kernel computes becomes its parts: a library matrix product and a native epilogue.
+
+A product over a batch that nothing was fused with is torch's again.
+"""
 
 import operator
 
+import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of
+from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import op_of
+
+aten = torch.ops.aten
+
+
+LINEAR = ops.linear.default
 
 
 def lower(graph: Graph) -> None:
     for node in list(graph.nodes.nodes):
+        if node.target is LINEAR and args_of(node)[2] == 1 and node.meta["val"].ndim != 2:
+            node.target, node.args = aten.linear.default, node.args[:2]  # which takes a batch as it is
+            continue
         op = op_of(str(node.target))
         if op is None or op.expand is None:
             continue

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import Call, Hole, after_cast, before_widening
+from horsepower.graph.pattern import Call, Hole, after_cast, before_widening, few
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -53,6 +53,10 @@ def raise_activation(graph: Graph) -> None:
     for node in graph.nodes.nodes:
         if (name := _plain(node)) is not None:
             (given,), last = node.args, after_cast(node)
+            alone = last is node and before_widening(given) is given
+            if alone and (few(node) or name == "gelu"):  # its erf costs as much here as there
+                graph.refuse("raise_activation", node, "torch's own is as fast")
+                continue
             with graph.nodes.inserting_before(last):
                 new = graph.call(ACTIVATION, before_widening(given), name, dtype_of(last), like=node)
             graph.replace(last, new)

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import after_cast, before_widening, widened
+from horsepower.graph.pattern import after_cast, before_widening, few, widened
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -26,6 +26,9 @@ def raise_layer_norm(graph: Graph) -> None:
             graph.refuse("raise_layer_norm", node, "it has a bias and no weight")
             continue
         x, last = before_widening(given), after_cast(node)
+        if few(node) and x is given and last is node:
+            graph.refuse("raise_layer_norm", node, "torch's own is as fast for so few elements")
+            continue
         own = [widened(graph, each) for each in (weight, bias)]
         with graph.nodes.inserting_before(last):
             new = graph.call(LAYER_NORM, x, *own, eps, dtype_of(last), like=node)

@@ -10,11 +10,11 @@ from recordings import relative_error
 TAKEN = {
     "llama": {"raise_mask": 2, "raise_rms_norm": 5, "raise_silu_mul": 2, "raise_linear": 14},
     "llama_block": {"raise_rms_norm": 2, "raise_silu_mul": 1, "raise_linear": 7},
-    "wan": {"raise_rms_norm": 8, "raise_layer_norm": 7, "raise_attention": 4, "raise_activation": 5},
-    "ltx": {"raise_rms_norm": 12, "raise_layer_norm": 1, "raise_attention": 2, "raise_activation": 5},
-    "ltx2": {"raise_rms_norm": 40, "raise_layer_norm": 2, "raise_attention": 8},
-    "vit": {"raise_mask": 2, "raise_layer_norm": 5, "raise_attention": 2, "raise_activation": 2},
-    "encoder_layer": {"raise_layer_norm": 2, "raise_attention": 1, "raise_activation": 1},
+    "wan": {"raise_rms_norm": 6, "raise_layer_norm": 7, "raise_attention": 4, "raise_activation": 2},
+    "ltx": {"raise_rms_norm": 10, "raise_layer_norm": 1, "raise_attention": 2, "raise_activation": 2},
+    "ltx2": {"raise_rms_norm": 22, "raise_layer_norm": 1, "raise_attention": 8},
+    "vit": {"raise_mask": 2, "raise_layer_norm": 5, "raise_attention": 2},
+    "encoder_layer": {"raise_layer_norm": 2, "raise_attention": 1},
 }
 
 
@@ -34,7 +34,7 @@ def test_float32_is_as_eager(name):
 
 @pytest.mark.parametrize("name", ["llama", "wan", "ltx", "vit", "encoder_layer"])
 def test_bfloat16_is_not_further_from_float64_than_eager(name):
-    module, args, kwargs = example(name, torch.bfloat16, batch=1)
+    module, args, kwargs = example(name, torch.bfloat16)
     run = compile(module, args, kwargs)
     with torch.no_grad():
         got, eager = run(*args, **kwargs), module(*args, **kwargs)

@@ -109,7 +109,7 @@ FOREIGN: dict[str, Callable[[int, int, int, int], Example]] = {
 
 
 def example(
-    name: str, dtype: torch.dtype = torch.float32, hidden: int = 64, heads: int = 4, tokens: int = 27, batch: int = 2
+    name: str, dtype: torch.dtype = torch.float32, hidden: int = 64, heads: int = 4, tokens: int = 1200, batch: int = 2
 ) -> Example:
     """A model with all of its floats in `dtype`, ready to run; the same one every time."""
     torch.manual_seed(0)

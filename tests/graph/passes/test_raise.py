@@ -1,0 +1,228 @@
+"""What is raised beside the model family's own forms, and what is left for which reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from horsepower.graph import passes
+from horsepower.graph.capture import capture
+from horsepower.graph.passes.raise_mask import LARGEST
+from models import weights_of
+from recordings import relative_error
+
+BF16 = torch.bfloat16
+ROWS, COLUMNS = 2048, 64  # enough that a call of ours gains on one of torch's
+
+
+class Runs(nn.Module):
+    """A function of inputs and of a weight and a bias of `COLUMNS`."""
+
+    def __init__(self, run, dtype=torch.float32):
+        super().__init__()
+        self.run = run
+        generator = torch.Generator().manual_seed(1)
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(COLUMNS, generator=generator).to(dtype)) for _ in range(2)
+        )  # fmt: skip
+
+    def forward(self, *inputs):
+        return self.run(self, *inputs)
+
+
+def site(run, *inputs, dtype=torch.float32):
+    """Compile and compare with eager; the passes that took a site, and why others refused."""
+    module = Runs(run, dtype)
+    graph = passes.run(capture(module, inputs))
+    with torch.no_grad():
+        got, want = graph.run(weights_of(module), *inputs), module(*inputs)
+    assert got.dtype == want.dtype
+    assert relative_error(got, want) < (1e-6 if dtype == torch.float32 else 1e-2)
+    taken = [each.rewrite for each in graph.sites if each.refused is None]
+    return taken, [each.refused for each in graph.sites if each.refused]
+
+
+def values(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def written_out(module, x, weight=True, dims=-1, eps=1e-6):
+    wide = x.float()
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(dims, keepdim=True) + eps)).to(x.dtype)
+    return module.weight * normed if weight else normed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("weight", [True, False])
+def test_a_written_out_rms_norm(dtype, weight):
+    x = values(2, 5, COLUMNS, dtype=dtype)
+    taken, _ = site(lambda module, x: written_out(module, x, weight), x, dtype=dtype)
+    assert taken == ["raise_rms_norm"]
+
+
+def test_a_gain_that_is_not_one_row_stays_beside_the_norm():
+    x = values(2, COLUMNS, COLUMNS)
+    taken, _ = site(lambda module, x: written_out(module, x, False) * module.weight[:, None], x)
+    assert taken == ["raise_rms_norm"]
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda module, x: written_out(module, x, dims=(1, 2)), "it norms more than the last dimension"),
+        (lambda module, x: F.rms_norm(x, (COLUMNS,), module.weight), "it has no epsilon"),
+        (lambda module, x: F.rms_norm(x, (COLUMNS,), module.weight, 1e-6), "torch's own is as fast"),
+        (lambda module, x: F.layer_norm(x, (5, COLUMNS)), "it norms more than the last dimension"),
+        (lambda module, x: F.layer_norm(x, (COLUMNS,)), "torch's own is as fast"),
+        (lambda module, x: F.layer_norm(x.double(), (COLUMNS,), None, module.bias.double()).float(), "it has a bias"),
+        (lambda module, x: F.silu(x) * x[:, :, :1], "one side is broadcast"),
+        (lambda module, x: F.silu(x) * x, "torch's own is as fast"),
+        (lambda module, x: F.gelu(x), "torch's own is as fast"),
+    ],
+)
+def test_what_is_left_says_why(run, reason):
+    taken, refused = site(run, values(2, 5, COLUMNS))
+    assert taken == []
+    assert any(reason in each for each in refused)
+
+
+@pytest.mark.parametrize(
+    ("run", "rewrite"),
+    [
+        (lambda module, x: F.layer_norm(x, (COLUMNS,), module.weight, module.bias, 1e-6), "raise_layer_norm"),
+        (lambda module, x: F.layer_norm(x, (COLUMNS,)), "raise_layer_norm"),
+        (lambda module, x: F.rms_norm(x, (COLUMNS,), None, 1e-6), "raise_rms_norm"),
+        (lambda module, x: F.gelu(x, approximate="tanh"), "raise_activation"),
+        (lambda module, x: F.silu(x), "raise_activation"),
+        (lambda module, x: F.silu(x) * (x + 1), "raise_silu_mul"),
+        (lambda module, x: torch.cat([F.silu(a) * b for a, b in [x.repeat(1, 1, 2).chunk(2, -1)]]), "raise_silu_mul"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_torchs_own_operators_over_many_elements(run, rewrite, dtype):
+    taken, refused = site(run, values(1, ROWS, COLUMNS, dtype=dtype), dtype=dtype)
+    assert taken == [rewrite]
+    assert set(refused) <= {"its input is not a projection of its own"}
+
+
+@pytest.mark.parametrize("function", [F.gelu, F.silu])
+def test_an_activation_between_casts(function):
+    taken, _ = site(lambda module, x: function(x.float()).to(BF16), values(3, 7, dtype=BF16), dtype=BF16)
+    assert taken == ["raise_activation"]
+
+
+def test_a_modulated_norm_keeps_what_modulates_it():
+    """adaLN: scale and shift are computed, and later than the sum that is normed."""
+
+    def run(module, h, branch, time):
+        total = h + F.linear(branch, module.weight[:, None].expand(-1, COLUMNS))
+        scale, shift = (F.silu(time) * module.weight).exp(), F.silu(time) * module.bias
+        return F.rms_norm(total, (COLUMNS,), module.weight, 1e-6) * (1 + scale) + shift
+
+    taken, _ = site(run, values(5, COLUMNS), values(5, COLUMNS), values(COLUMNS))
+    assert "fuse_add_norm" in taken
+
+
+def test_a_gain_that_is_computed_later_than_the_sum_is_not_fused():
+    def run(module, h, branch, time):
+        total = h + F.linear(branch, module.weight[:, None].expand(-1, COLUMNS))
+        return F.rms_norm(total, (COLUMNS,), time.exp() + module.weight, 1e-6)
+
+    taken, refused = site(run, values(5, COLUMNS), values(5, COLUMNS), values(COLUMNS))
+    assert "raise_rms_norm" in taken
+    assert "fuse_add_norm" not in taken
+    assert "the gain or the counts are computed later than the sum" in refused
+
+
+def test_a_norm_without_a_gain_is_not_fused():
+    def run(module, h, branch):
+        wide = module.weight[:, None].expand(-1, COLUMNS)
+        total = h + F.rms_norm(F.linear(branch, wide), (COLUMNS,), None, 1e-6)
+        return F.rms_norm(F.linear(total, wide) + total, (COLUMNS,), None, 1e-6) + F.rms_norm(
+            total, (COLUMNS,), module.weight, 1e-6
+        )
+
+    taken, refused = site(run, values(5, COLUMNS), values(5, COLUMNS))
+    assert "fuse_add_norm" not in taken
+    assert {"the norm has no gain", "neither side of the sum is a projection of its own"} <= set(refused)
+
+
+def heads(x, count):
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def attended(mask=None, **options):
+    """Attention of 4 heads over [B, L, 64], to the last input."""
+
+    def run(module, x, y, *rest):
+        q, k, v = heads(x, 4), heads(y, 4), heads(y + 1, 4)
+        chosen = mask(*rest) if callable(mask) else mask
+        return F.scaled_dot_product_attention(q, k, v, chosen, **options).transpose(1, 2).flatten(2)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("keys", [1, 6, 11])
+def test_attention_over_a_batch_to_other_keys(dtype, batch, keys):
+    x, y = values(batch, 6, 64, dtype=dtype), values(batch, keys, 64, dtype=dtype)
+    assert site(attended(scale=0.25), x, y, dtype=dtype)[0] == ["raise_attention"]
+
+
+@pytest.mark.parametrize("written", ["expand", "enable_gqa"])
+def test_heads_that_share_keys(written):
+    def run(module, x, y):
+        q, (k, v) = heads(x, 4), (heads(z, 2) for z in (y, y * 2))
+        if written == "expand":
+            k, v = (z[:, :, None].expand(-1, -1, 2, -1, -1).reshape(2, 4, 7, 16) for z in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=written == "enable_gqa")
+
+    module, inputs = Runs(run), (values(2, 6, 64), values(2, 7, 32))
+    graph = passes.run(capture(module, inputs))
+    (call,) = (node for node in graph.nodes.nodes if str(node.target) == "horsepower.attention.default")
+    assert [list(x.meta["val"].shape) for x in call.args[:3]] == [[2, 6, 4, 16], [2, 7, 2, 16], [2, 7, 2, 16]]
+    torch.testing.assert_close(graph.run({}, *inputs), module(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (attended(is_causal=True), "it has a mask, a causal order or dropout"),
+        (attended(scale=0.3), "its scale is not 1 / sqrt(head dim)"),
+        (attended(lambda: torch.ones(6, 6, dtype=torch.bool).tril()), "it has a mask, a causal order or dropout"),
+        (attended(lambda: torch.ones(6, 6, dtype=torch.bool).triu()), "the mask is neither causal nor empty"),
+    ],
+)
+def test_attention_that_is_left_says_why(run, reason):
+    taken, refused = site(run, values(2, 6, 64), values(2, 6, 64))
+    assert "raise_attention" not in taken
+    assert reason in refused
+
+
+def seen(kind):
+    """A mask [6, 6] that is the same in every run."""
+    row, column = torch.arange(6)[:, None], torch.arange(6)[None]
+    if kind == "causal, added":
+        return torch.zeros(6, 6).masked_fill(column > row, -torch.inf)
+    return (column <= row) if kind == "causal" else (column >= 0) & (row >= 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        ("causal", ["raise_mask"]),
+        ("causal, added", ["raise_mask"]),
+        ("empty", ["raise_mask", "raise_attention"]),
+    ],
+)
+def test_a_mask_that_is_the_same_in_every_run(kind, taken):
+    assert site(attended(lambda: seen(kind)), values(2, 6, 64), values(2, 6, 64))[0] == taken
+
+
+def test_a_mask_that_is_given_stays():
+    x = values(2, 6, 64)
+    taken, refused = site(attended(lambda given: given > 0), x, x, torch.eye(6) + torch.ones(6, 6).tril())
+    assert taken == []
+    assert "the mask depends on what the model is given, or adds to the scores" in refused
+    assert LARGEST >= 8192 * 8192
