@@ -26,8 +26,9 @@ def raise_layer_norm(graph: Graph) -> None:
             graph.refuse("raise_layer_norm", node, "it has a bias and no weight")
             continue
         x, last = before_widening(given), after_cast(node)
-        if few(node) and x is given and last is node:
-            graph.refuse("raise_layer_norm", node, "torch's own is as fast for so few elements")
+        alone = x is given and last is node
+        if alone and (few(node) or dtype_of(node) == torch.bfloat16):
+            graph.refuse("raise_layer_norm", node, "torch's own is as fast for so few elements, or for bfloat16")
             continue
         own = [widened(graph, each) for each in (weight, bias)]
         with graph.nodes.inserting_before(last):

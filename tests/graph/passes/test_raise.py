@@ -89,8 +89,6 @@ def test_what_is_left_says_why(run, reason):
 @pytest.mark.parametrize(
     ("run", "rewrite"),
     [
-        (lambda module, x: F.layer_norm(x, (COLUMNS,), module.weight, module.bias, 1e-6), "raise_layer_norm"),
-        (lambda module, x: F.layer_norm(x, (COLUMNS,)), "raise_layer_norm"),
         (lambda module, x: F.rms_norm(x, (COLUMNS,), None, 1e-6), "raise_rms_norm"),
         (lambda module, x: F.gelu(x, approximate="tanh"), "raise_activation"),
         (lambda module, x: F.silu(x), "raise_activation"),
@@ -103,6 +101,23 @@ def test_torchs_own_operators_over_many_elements(run, rewrite, dtype):
     taken, refused = site(run, values(1, ROWS, COLUMNS, dtype=dtype), dtype=dtype)
     assert taken == [rewrite]
     assert set(refused) <= {"its input is not a projection of its own"}
+
+
+@pytest.mark.parametrize("own", [0, 1, 2])
+def test_a_layer_norm_over_many_elements(own):
+    def run(module, x):
+        return F.layer_norm(x, (COLUMNS,), *(module.weight, module.bias)[:own], eps=1e-6)
+
+    assert site(run, values(1, ROWS, COLUMNS)) == (["raise_layer_norm"], [])
+    taken, refused = site(run, values(1, ROWS, COLUMNS, dtype=BF16), dtype=BF16)
+    assert (taken, len(refused)) == ([], 1)
+
+
+def test_a_layer_norm_between_casts():
+    def run(module, x):
+        return F.layer_norm(x.float(), (COLUMNS,), module.weight.float(), module.bias.float()).to(x.dtype)
+
+    assert site(run, values(2, 5, COLUMNS, dtype=BF16), dtype=BF16) == (["raise_layer_norm"], [])
 
 
 @pytest.mark.parametrize("function", [F.gelu, F.silu])
