@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from foreign import FOREIGN, cast, example, tensors
 
+from foreign import FOREIGN, cast, example, tensors
 from horsepower.runtime.compiled import compile
 from recordings import relative_error
 

@@ -8,6 +8,10 @@ from horsepower.kernels.activation import ACTIVATION, KINDS, native, native_supp
 from horsepower.kernels.native_library import ISAS
 
 F32, BF16 = torch.float32, torch.bfloat16
+TAILS = {  # the same functions, written so that nothing cancels
+    "gelu": lambda x: x * torch.erfc(-x * 0.5**0.5) / 2,
+    "gelu_tanh": lambda x: x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+}
 
 
 def values(rows, columns, dtype=BF16, scale=4.0):
@@ -89,8 +93,8 @@ def test_every_bfloat16_is_as_in_eager(isa):
     plain = [(every[None], kind) for kind in KINDS if kind != "swiglu7"]
     for u, kind in (*plain, (pairs, "swiglu7"), (pairs.flip(1), "swiglu7")):
         got, eager = run(isa, u, kind, F32), reference(u, kind, F32)[0]
-        if kind in ("gelu", "gelu_tanh"):  # eager loses all digits of the left tail, and gelu(inf)
-            eager = reference(u.double(), kind, torch.float64)[0].float()
+        if kind in TAILS:  # eager loses all digits of the left tail, and gelu(inf)
+            eager = TAILS[kind](u.double()).float()
         assert torch.equal(got.isnan(), eager.isnan())
         torch.testing.assert_close(got, eager, rtol=5e-5, atol=2e-37, equal_nan=True)
         assert torch.equal(run(isa, u, kind, BF16).isnan(), eager.isnan())
