@@ -15,6 +15,7 @@ from horsepower.graph.graph import Graph, args_of, dtype_of
 from horsepower.graph.pattern import Call, Found, Hole
 
 aten = torch.ops.aten
+CASTS = (aten.type_as.default, aten.to.dtype_layout, aten.to.device)
 ASSERTIONS = ("aten.promote_types", "aten._assert_", "aten.sym_constrain_", "aten.alias")
 
 
@@ -38,10 +39,10 @@ def canonicalise(graph: Graph) -> None:
 
 
 def _use_plain_cast(node: fx.Node) -> None:
-    """Let a cast that is spelled in another way be `to.dtype`. No other device can be meant: the graph has one."""
-    if node.target is aten.type_as.default or (
-        node.target in (aten.to.dtype_layout, aten.to.device) and set(node.kwargs) <= {"dtype", "layout", "device"}
-    ):
+    """Let a cast that is spelled in another way, and stays on the device, be `to.dtype`."""
+    if node.target not in CASTS or not set(node.kwargs) <= {"dtype", "layout", "device"}:
+        return
+    if args_of(node)[0].meta["val"].device == node.meta["val"].device:
         node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], dtype_of(node)), {}
 
 

@@ -41,6 +41,9 @@ def fuse_gate(graph: Graph) -> None:
         if o.args[3] is not None or len(o.users) != 1:
             graph.refuse("fuse_gate", node, "the attention has another gate or further uses")
             continue
+        if o.meta["val"].ndim != 3:
+            graph.refuse("fuse_gate", node, "the attention is over a batch")
+            continue
         last = after_cast(node)
         if dtype_of(last) != dtype_of(o):
             graph.refuse("fuse_gate", node, f"the gated heads stay in {dtype_of(last)}")

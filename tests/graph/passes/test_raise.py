@@ -215,6 +215,29 @@ def test_attention_that_is_left_says_why(run, reason):
     assert reason in refused
 
 
+def test_a_gate_on_a_batch_is_not_fused():
+    def run(module, x):
+        q = x.unflatten(-1, (4, 16)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, q, q).transpose(1, 2)
+        return out * torch.sigmoid(module.weight[:4]).unsqueeze(1)
+
+    taken, refused = site(run, values(2, 6, 64))
+    assert taken == ["raise_attention"]
+    assert refused == ["the attention is over a batch"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_cast_to_another_device_stays(device):
+    class Moves(nn.Module):
+        def forward(self, x):
+            return x.to(device, torch.bfloat16)
+
+    graph = passes.run(capture(Moves(), (torch.ones(3),)))
+    (call,) = (node for node in graph.nodes.nodes if node.op == "call_function")
+    assert str(call.target) == ("aten.to.dtype" if device == "cpu" else "aten.to.device")
+    assert graph.run({}, torch.ones(3)).device.type == device
+
+
 def seen(kind):
     """A mask [6, 6] that is the same in every run."""
     row, column = torch.arange(6)[:, None], torch.arange(6)[None]
