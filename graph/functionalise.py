@@ -157,6 +157,8 @@ class _Rewriter:
         while view is not root:
             if view.target is aten.expand.default:
                 raise InPlaceError(node, "it is an expanded view")
+            if view.kwargs and INVERSES.get(view.target) is not _same and not _mutates(view):
+                raise InPlaceError(node, f"it is a view by {view.target} with {', '.join(view.kwargs)}")
             path.append(view)
             view = self.source[view]
         return path
@@ -168,8 +170,8 @@ class _Rewriter:
     def _new_value(self, node: fx.Node, target: fx.Node, inside: bool) -> fx.Node:
         """What the changed tensor is afterwards; inside a larger one its strides do not matter."""
         before = target.meta["val"]
-        if node.target is aten.copy_.default:
-            new: fx.Node = args_of(node)[1]
+        if node.target is aten.copy_.default:  # a name of its own: its source may change later
+            new = self._call(aten.alias.default, (args_of(node)[1],), node)
         else:
             new = self._call(_twin(node.target), (target, *node.args[1:]), node, node.kwargs)
         if _alike(new.meta["val"], before, strides=not inside):

@@ -59,6 +59,16 @@ def kept_strides(x):
     return y.view(-1), y
 
 
+def copied_before_its_source_changes(x):
+    source, y, z = x * 2, torch.empty_like(x), torch.empty_like(x)
+    y.copy_(source)
+    z[1:] = source[1:]
+    z[:1] = 0
+    source.add_(1)
+    y[0] *= 3
+    return source, y, z
+
+
 def by_mask(x):
     y = x.clone()
     y.masked_fill_(x > 0, -1.0).clamp_(max=0.5)
@@ -103,7 +113,8 @@ class Runs(nn.Module):
 
 
 CASES = [
-    added, parts, seen_through_other_views, views_of_views, split_parts, narrowed, kept_strides, by_mask, by_index,
+    added, parts, copied_before_its_source_changes, seen_through_other_views, views_of_views, split_parts, narrowed,
+    kept_strides, by_mask, by_index,
     made_while_traced, after_dropout, in_a_loop,
 ]  # fmt: skip
 
