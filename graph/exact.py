@@ -75,7 +75,7 @@ def _attention(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
         return q, k, v, [(slice(0, q.shape[0]), (slice(0, k.shape[0]),))]
     if str(target) == WINDOWED:
         q, k, v, frames, video, window = args
-        return q, k, v, key_ranges(frames, video, window, q.shape[0])
+        return q, k, v, key_ranges(frames, video, window, q.shape[0], k.shape[0])
     return None
 
 
