@@ -22,16 +22,16 @@ from horsepower.bench.live import allocated_peak
 from horsepower.bench.measure import Ratio, machine, paired, ratio
 from horsepower.bench.plot import Bar, bars
 from horsepower.bench.report import Cell, Figure, Paragraph, Report, Table
+from horsepower.bench.step import Tokens, inputs
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.kernels.native_library import ISAS
 from horsepower.runtime.compiled import Compiled
 from horsepower.runtime.foal import generate
 from horsepower.runtime.fused import compile_velocity
-from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.models.dit import Condition, DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.presets import FOAL
 
-Counts = tuple[int, int, int]  # tokens of video, audio, text
 Velocity = Callable[..., Any]
 Say = Callable[[str], None]
 
@@ -50,8 +50,7 @@ LABELS[FUSIONS[-1].__name__] += " (all)"
 class Options:
     """What is measured. Raises ValueError for what cannot be."""
 
-    tokens: tuple[Counts, ...] = ((446, 26, 40),)
-    frames: int = 1  # latent frames that the video tokens make up
+    tokens: tuple[Tokens, ...] = (Tokens(446, 26, 40),)
     window: int | None = None  # of layers n % 4 != 3, in latent frames on either side; None: all layers see everything
     hidden: int = FOAL.hidden_size
     layers: int = FOAL.num_layers
@@ -62,13 +61,6 @@ class Options:
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError("tokens: got none, allowed: counts of video, audio and text, once or more")
-        for counts in self.tokens:
-            if len(counts) != 3 or min(counts) < 0 or counts[0] < 1:
-                raise ValueError(
-                    f"tokens: got {counts}, allowed: at least one of video, and none or more of the others"
-                )
-            if self.frames < 1 or counts[0] % self.frames:
-                raise ValueError(f"frames: got {self.frames} for {counts[0]} video tokens, allowed: a divisor of them")
         if self.hidden not in (128, 256, 512):
             raise ValueError(f"hidden: got {self.hidden}, allowed: 128, 256, 512")
         for name, least in (("layers", 1), ("rounds", 3), ("processes", 1)):
@@ -99,15 +91,6 @@ class Options:
 
 
 QUICK: dict[str, Any] = {"rounds": 5, "skip": tuple(LABELS)[1:-1]}  # options: eager and the whole plan
-
-
-def counts_of(given: str) -> Counts:
-    """From "V,A,T". Raises ValueError for anything else."""
-    parts = given.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"tokens: got {given!r}, allowed: V,A,T, as in 446,26,40")
-    video, audio, text = map(int, parts)
-    return video, audio, text
 
 
 @dataclass(frozen=True)
@@ -155,12 +138,12 @@ def measure(options: Options, say: Say = lambda _: None) -> list[list[Rung]]:
         for key, passes in _plans(options):
             say(f"compiling {LABELS[key]}")
             plans[key] = compile_velocity(model, passes, cache=False)
-        return [list(_measure(model, plans, counts, options, say)) for counts in options.tokens]
+        return [list(_measure(model, plans, tokens, options, say)) for tokens in options.tokens]
 
 
-def _measure(model: DiT, plans: Mapping[str, Compiled], counts: Counts, options: Options, say: Say) -> Iterator[Rung]:
+def _measure(model: DiT, plans: Mapping[str, Compiled], tokens: Tokens, options: Options, say: Say) -> Iterator[Rung]:
     """The rungs at one length."""
-    step = _step(model, counts, options.frames)
+    step = _step(model, tokens)
     ways: dict[str, Velocity] = {"eager": model.velocity}
     rungs = {"eager": Rung("eager")}
     torch._dynamo.reset()
@@ -176,7 +159,7 @@ def _measure(model: DiT, plans: Mapping[str, Compiled], counts: Counts, options:
         plan(*step.inputs)
         ways[key] = plan
         rungs[key] = Rung(key, compile_seconds=plan.seconds + time.perf_counter() - start)
-    say(f"measuring {sum(counts)} tokens, {options.rounds} rounds")
+    say(f"measuring {tokens.total} tokens, {options.rounds} rounds")
     calls = {key: _call(run, step.inputs) for key, run in ways.items()}
     seconds = paired(calls, options.rounds, warmup=2)
     for key, rung in rungs.items():
@@ -244,17 +227,14 @@ def _warm_compilers(options: Options) -> None:
                 return
 
 
-def _step(model: DiT, counts: Counts, frames: int) -> _Step:
+def _step(model: DiT, tokens: Tokens) -> _Step:
     """Random inputs, and the result of the same weights in float64."""
-    generator, config = torch.Generator().manual_seed(0), model.config
-    channels = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
-    video, audio, text = (torch.randn(n, c, generator=generator) for n, c in zip(counts, channels, strict=True))
-    coords = torch.rand(sum(counts), 9, generator=generator) * 4 + 2
-    exact = DiT(replace(config, params_dtype=torch.float64), torch.float64)
-    for wide, narrow in zip(exact.parameters(), model.parameters(), strict=True):
-        wide.copy_(narrow)
-    result = exact(video.double(), audio.double(), text.double(), coords.double(), frames)
-    return _Step((video, audio, model.condition(text, coords), frames), _flat(result))
+    exact = DiT(replace(model.config, params_dtype=torch.float64), torch.float64)
+    for own, narrow in zip(exact.parameters(), model.parameters(), strict=True):
+        own.copy_(narrow)
+    given = video, audio, condition, frames = inputs(model, tokens)
+    wide = Condition(condition.text.double(), condition.rope.double())
+    return _Step(given, _flat(exact.velocity(video.double(), audio.double(), wide, frames)))
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:
@@ -278,7 +258,7 @@ def _fresh(options: Options) -> list[list[Rung]]:
 def _main() -> None:
     """The other side of `_fresh`: options as JSON in, rungs as one line of JSON out."""
     values = json.loads(sys.argv[1])
-    values |= {"tokens": tuple(map(tuple, values["tokens"])), "skip": tuple(values["skip"])}
+    values |= {"tokens": tuple(Tokens(**each) for each in values["tokens"]), "skip": tuple(values["skip"])}
     print(json.dumps([[dataclasses.asdict(rung) for rung in rungs] for rungs in measure(Options(**values))]))
 
 
@@ -288,15 +268,16 @@ def _report(options: Options, runs: Sequence[list[list[Rung]]]) -> Report:
     window = "" if options.window is None else f", a window of {options.window} frames in layers n % 4 != 3"
     model = (
         f"Model: {config.num_layers} layers, hidden {config.hidden_size}, {config.num_heads_q} + "
-        f"{config.num_query_groups} heads of {config.head_dim}, bfloat16{window}; {options.frames} latent frames."
+        f"{config.num_query_groups} heads of {config.head_dim}, bfloat16{window}."
     )
     taken = f"{options.rounds} rounds in which the rungs take turns"
     of = f"{len(runs)} fresh processes, each the median of {taken}" if several else taken
     spread = ("lowest", "highest") if several else ("lower quartile", "upper quartile")
     columns = ("rung", "eager / rung", *spread, "torch.compile / rung", "compile s", "peak MiB", "error", "note")
     parts: list[Paragraph | Table | Figure] = [Paragraph(model), Paragraph(f"Ratios: medians of {of}.{_COLUMNS}")]
-    for i, counts in enumerate(options.tokens):
-        title = f"{sum(counts)} tokens: {counts[0]} video, {counts[1]} audio, {counts[2]} text"
+    for i, tokens in enumerate(options.tokens):
+        frames = f"{tokens.frames} frame{'s' * (tokens.frames != 1)}"
+        title = f"{tokens.total} tokens: {tokens.video} video in {frames}, {tokens.audio} audio, {tokens.text} text"
         rungs = list(zip(*(run[i] for run in runs), strict=True))
         best = [_best(run[i]) for run in runs]
         parts.append(Table(title, columns, tuple(_row(rung, rungs[0], best) for rung in rungs)))

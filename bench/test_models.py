@@ -7,9 +7,7 @@ import torch
 
 from horsepower.bench import plain
 from horsepower.bench.measure import machine, paired, ratio
-from horsepower.kernels.native_library import ISAS
 from horsepower.runtime.foal import generate
-from horsepower.runtime.fused import FusedDiT
 from horsepower.runtime.models.attention import windowed_attention
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import FOAL
@@ -56,25 +54,3 @@ def test_window_as_a_loop(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = paired(run, rounds=5, warmup=1)
     with capsys.disabled():
         print(f"\n{machine()}\nwindow: loop / mask = {ratio(seconds['loop'], seconds['mask'])}")
-
-
-@pytest.mark.parametrize("counts", [(100, 8, 20), (446, 26, 40), (1456, 52, 60), (1860, 66, 122)], ids=str)
-def test_fused_dit(counts: tuple[int, int, int], capsys: pytest.CaptureFixture[str]) -> None:
-    """One step of the preset's model: the plan against eager, at several lengths."""
-    model = DiT(FOAL)
-    generate(model, "bench")
-    generator = torch.Generator().manual_seed(0)
-    video, audio, text = (torch.randn(n, c, generator=generator) for n, c in zip(counts, (192, 64, 64), strict=True))
-    with torch.no_grad():
-        fused = FusedDiT(model)
-        condition = model.condition(text, torch.rand(sum(counts), 9, generator=generator) * 4 + 2)
-        run = {
-            "eager": lambda: model.velocity(video, audio, condition, 1),
-            "fused": lambda: fused.velocity(video, audio, condition, 1),
-        }
-        for got, want in zip(run["fused"](), run["eager"](), strict=True):
-            assert (got - want).norm() < 0.05 * want.norm()
-        seconds = paired(run, rounds=11, warmup=2)
-    with capsys.disabled():
-        took = f"compiled in {fused.compiled.seconds:.1f} s"
-        print(f"\n{machine()}, {ISAS[0]}\n{sum(counts)} tokens: eager / fused = {ratio(*seconds.values())}, {took}")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from horsepower.graph import passes, repeats
@@ -14,7 +14,7 @@ from horsepower.graph.code import UnkeyedError
 from horsepower.graph.key import key_of
 from horsepower.graph.plan import Plan, plan_of
 from horsepower.runtime.cache import find, keep
-from horsepower.runtime.executor import Executor
+from horsepower.runtime.executor import Executor, weights_of
 
 _MUTABLE = (list, dict, set)
 _log = logging.getLogger("horsepower")
@@ -30,7 +30,7 @@ class Compiled:
         self.plan = plan
         self.found = found  # on disk, so that nothing was traced
         self.seconds = seconds  # to compile
-        self._run = Executor(plan, _weights(module))
+        self._run = Executor(plan, weights_of(module))
         self._snapshot = Snapshot(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +125,3 @@ def _require(plan: Plan, expect: Mapping[str, int]) -> None:
         if taken != count:
             refused = "; ".join(f"{site.module}: {site.refused}" for site in sites if site.refused)
             raise ValueError(f"expect: got {taken} sites of {rewrite}, allowed: {count}. Refused: {refused or 'none'}")
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}

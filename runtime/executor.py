@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from horsepower.graph.call import Call, Ref, refs_in
@@ -63,6 +63,12 @@ class Executor:
         finally:
             self._idle.append(arena)
         return pytree.tree_unflatten(flat, self.plan.out_spec)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by each of its names."""
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(buffers)}
 
 
 class _Arena:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from horsepower.graph import passes
 from horsepower.runtime.compiled import Compiled, compile
-from horsepower.runtime.models.dit import Condition, DiT
+from horsepower.runtime.models.dit import Condition, Counts, DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 
 _ANY = torch.export.Dim.DYNAMIC
@@ -29,11 +29,10 @@ def expected_fusions(config: DiTConfig) -> dict[str, int]:
 VELOCITY_SHAPES = (_ROWS, _ROWS, Condition(_ROWS, _ROWS), _ANY)  # type: ignore[arg-type]
 
 
-def velocity_example(model: DiT) -> tuple[Tensor, Tensor, Condition, int]:
-    """Arguments of `model.velocity` to trace with, without values."""
+def velocity_example(model: DiT, counts: Counts = (6, 5, 4), frames: int = 3) -> tuple[Tensor, Tensor, Condition, int]:
+    """Arguments of `model.velocity` without values, on its device; to trace with, any distinct counts will do."""
     config, device = model.config, model.final_linear_video.weight.device
     master = model.final_linear_video.weight.dtype
-    counts = (6, 5, 4)  # any distinct ones
     condition = Condition(
         torch.empty(counts[2], config.hidden_size, dtype=config.params_dtype, device=device),
         torch.empty(sum(counts), 6 * (config.head_dim // 8), dtype=master, device=device),
@@ -42,7 +41,7 @@ def velocity_example(model: DiT) -> tuple[Tensor, Tensor, Condition, int]:
         torch.empty(count, channels, dtype=master, device=device)
         for count, channels in zip(counts, (config.video_in_channels, config.audio_in_channels), strict=False)
     )
-    return video, audio, condition, 3
+    return video, audio, condition, frames
 
 
 def compile_velocity(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from horsepower import cli, doctor
-from horsepower import step as preset_step
+from horsepower.bench import step as preset_step
 from horsepower.kernels.registry import OPS, Kernel
 from models import TINY, random_model
 

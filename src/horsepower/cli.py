@@ -48,10 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="turn a published pickle into safetensors"))
     _add_bench(commands.add_parser("bench", help="measure a step: eager, torch.compile, and each fusion"))
     _add_report(
-        commands.add_parser("verify", help="execute every rewrite beside what it replaced, against float64"), _verify
+        commands.add_parser("verify", help="execute every rewrite beside what it replaced, against float64"),
+        _verify,
+        ("foal",),
     )
     _add_report(
-        commands.add_parser("explain", help="say what is fused, what is not and why, and what it saves"), _explain
+        commands.add_parser("explain", help="say what is fused, what is not and why, and what it saves"),
+        _explain,
+        ("foal", "released"),
     )
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
     doctor.set_defaults(command=_doctor)
@@ -97,7 +101,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", action="append", metavar="V,A,T", help="of video, audio, text; may be repeated (default: 446,26,40)"
     )
-    parser.add_argument("--frames", type=int, metavar="N", help="that the video tokens make up (default: 1)")
+    parser.add_argument("--frames", type=int, default=1, metavar="N", help="latent frames (default: %(default)s)")
     parser.add_argument("--window", type=int, metavar="N", help="frames on either side that three layers of four see")
     parser.add_argument("--hidden", type=int, metavar="C", help="128, 256 or 512 (default: 256)")
     parser.add_argument("--layers", type=int, metavar="N", help="default: 40")
@@ -112,8 +116,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_bench)
 
 
-def _add_report(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
-    parser.add_argument("--preset", default="foal", choices=("foal",), help="built-in model (default: %(default)s)")
+def _add_report(
+    parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int], presets: tuple[str, ...]
+) -> None:
+    parser.add_argument("--preset", default="foal", choices=presets, help="model family (default: %(default)s)")
     parser.add_argument("--variant", default="distill", metavar="NAME", help="of its models (default: %(default)s)")
     parser.add_argument(
         "--tokens", default="446,26,40", metavar="V,A,T", help="of video, audio and text (default: %(default)s)"
@@ -199,11 +205,12 @@ def _report(result: "Result", output: str) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     _prepare_process()
-    from horsepower.bench.ladder import QUICK, Options, climb, counts_of
+    from horsepower.bench.ladder import QUICK, Options, climb
+    from horsepower.bench.step import Tokens
 
     _check_files(arguments)
-    given = {name: getattr(arguments, name) for name in ("frames", "window", "hidden", "layers", "rounds", "processes")}
-    given["tokens"] = arguments.tokens and tuple(map(counts_of, arguments.tokens))
+    given = {name: getattr(arguments, name) for name in ("window", "hidden", "layers", "rounds", "processes")}
+    given["tokens"] = tuple(Tokens.parse(each, arguments.frames) for each in arguments.tokens or ("446,26,40",))
     given["skip"] = tuple(arguments.skip) if arguments.skip else None
     options = Options(**{**(QUICK if arguments.quick else {}), **{k: v for k, v in given.items() if v is not None}})
     quiet = not sys.stderr.isatty()
@@ -214,7 +221,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     _prepare_process()
-    from horsepower.step import Tokens
+    from horsepower.bench.step import Tokens
     from horsepower.verifying import verify_preset
 
     _check_files(arguments)
@@ -225,11 +232,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     _prepare_process()
+    from horsepower.bench.step import Tokens
     from horsepower.explaining import explain_preset
-    from horsepower.step import Tokens
 
     _check_files(arguments)
-    report = explain_preset(arguments.variant, Tokens.parse(arguments.tokens, arguments.frames))
+    report = explain_preset(arguments.preset, arguments.variant, Tokens.parse(arguments.tokens, arguments.frames))
     _publish(arguments, report, report)
     return 0
 

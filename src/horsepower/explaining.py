@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from horsepower import step
+from horsepower.bench import step
 from horsepower.bench.measure import machine
 from horsepower.bench.report import Cell, Figure, Paragraph, Part, Report, Table
+from horsepower.bench.step import Tokens
 from horsepower.drawing import svg
 from horsepower.graph import provenance
 from horsepower.graph.capture import capture
@@ -17,7 +18,9 @@ from horsepower.graph.explain import Explanation, Fusion, measure
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.graph.plan import plan_of
-from horsepower.step import Tokens
+from horsepower.kernels.native_library import ISAS
+from horsepower.runtime.executor import weights_of
+from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 
 
 def explain(
@@ -42,12 +45,12 @@ def explain(
     changed = provenance.rewrite(compiled, only)
     plan = plan_of(compiled)
     seconds = time.perf_counter() - start
-    flat, _ = plan.contract.check(inputs or example_inputs, dict(example_keywords or {}))
+    flat, sizes = plan.contract.check(inputs or example_inputs, dict(example_keywords or {}))
     found = measure(captured, compiled, changed, flat)
-    weights = sum(x.numel() * x.itemsize for x in {id(x): x for x in step.weights(module).values()}.values())
+    weights = sum(x.nbytes for x in {id(x): x for x in weights_of(module).values()}.values())
     parts: tuple[Part, ...] = (
         Paragraph(_summary(found, compiled, seconds)),
-        _totals(found, weights),
+        _totals(found, plan.at(sizes).peak, weights, plan.weight_bytes),
         _kinds(found),
         _fusions(found),
         _refusals(found, [each.__name__ for each in only]),
@@ -56,12 +59,12 @@ def explain(
     return Report(title, machine(), parts)
 
 
-def explain_preset(variant: str, tokens: Tokens) -> Report:
-    """On a step of the built-in preset."""
-    model = step.preset(variant)
-    title = f"foal {variant}: the plan of a step, at {tokens} tokens in {tokens.frames} frames"
-    inputs = step.inputs(model, tokens)
-    return explain(model, step.example(model), inputs, dynamic_shapes=step.DYNAMIC, method=step.METHOD, title=title)
+def explain_preset(preset: str, variant: str, tokens: Tokens) -> Report:
+    """On a step of the built-in preset "foal", or of the "released" sizes, which needs none of their memory."""
+    model = step.preset(variant) if preset == "foal" else step.released(variant)
+    title = f"{preset} {variant}: the plan of a step, at {tokens} tokens in {tokens.frames} frames"
+    example, inputs = velocity_example(model), velocity_example(model, tokens.counts, tokens.frames)
+    return explain(model, example, inputs, dynamic_shapes=VELOCITY_SHAPES, method="velocity", title=title)
 
 
 def _summary(found: Explanation, compiled: Graph, seconds: float) -> str:
@@ -76,18 +79,20 @@ def _summary(found: Explanation, compiled: Graph, seconds: float) -> str:
     )
 
 
-def _totals(found: Explanation, weights: int) -> Table:
+def _totals(found: Explanation, planned: int, weights: int, planned_weights: int) -> Table:
     rows: tuple[tuple[Cell, ...], ...] = (
         ("kernel calls", found.before.calls, found.after.calls),
         ("moved", _bytes(found.before.bytes), _bytes(found.after.bytes)),
         ("GFLOP", found.before.flops / 1e9, found.after.flops / 1e9),
         ("FLOP a byte", _ratio(found.before.flops, found.before.bytes), _ratio(found.after.flops, found.after.bytes)),
         ("values alive at once", _bytes(found.peak_before), _bytes(found.peak_after)),
-        ("weights", _bytes(weights), _bytes(weights)),
+        ("planned peak", None, _bytes(planned)),
+        ("weights", _bytes(weights), _bytes(planned_weights)),
     )
     note = (
         "Each call reads its inputs and writes its outputs once; caches are not counted. Values alive: the most at any "
-        "time if each is freed after its last use, without inputs and weights."
+        "time if each is freed after its last use, without inputs and weights. Planned peak: these with the kernels' "
+        f"scratch memory ({ISAS[0]}) as they lie in the arena: what a run takes beside inputs and outputs."
     )
     return Table("In all", ("", "captured", "compiled"), rows, note)
 

@@ -6,16 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from horsepower import step
+from horsepower.bench import step
 from horsepower.bench.measure import machine
 from horsepower.bench.report import Cell, Paragraph, Part, Report, Table
+from horsepower.bench.step import Tokens
 from horsepower.graph import provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.graph.plan import plan_of
 from horsepower.graph.verify import Check, check_sites, check_whole
-from horsepower.runtime.executor import Executor
-from horsepower.step import Tokens
+from horsepower.runtime.executor import Executor, weights_of
+from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 
 WHOLE = 2048  # tokens of the model end to end in float64: some ten seconds
 
@@ -40,7 +41,7 @@ def verify(
     captured = capture(module, example_inputs, example_keywords, dynamic_shapes, method)
     compiled = provenance.snapshot(captured)
     changed = provenance.rewrite(compiled, only)
-    weights, keywords = step.weights(module), dict(example_keywords or {})
+    weights, keywords = weights_of(module), dict(example_keywords or {})
     run = Executor(plan_of(compiled), weights)
     given = inputs or example_inputs
     flat, _ = run.plan.contract.check(given, keywords)
@@ -56,11 +57,11 @@ def verify_preset(variant: str, tokens: Tokens) -> tuple[tuple[Check, ...], Repo
     model, whole = step.preset(variant), tokens.scaled(WHOLE)
     checks = verify(
         model,
-        step.example(model),
+        velocity_example(model),
         step.inputs(model, tokens),
         step.inputs(model, whole),
-        dynamic_shapes=step.DYNAMIC,
-        method=step.METHOD,
+        dynamic_shapes=VELOCITY_SHAPES,
+        method="velocity",
     )
     title = f"foal {variant}: every rewrite against float64, at {tokens} tokens in {tokens.frames} frames"
     return checks, report(title, checks, whole), report(title, checks, whole, full=True)

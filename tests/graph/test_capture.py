@@ -6,9 +6,10 @@ from torch import nn
 
 from horsepower.graph import repeats
 from horsepower.graph.capture import CaptureError, capture
+from horsepower.runtime.executor import weights_of
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import FOAL
-from models import DYNAMIC, TINY, VARIANTS, random_inputs, random_model, variant, weights_of
+from models import DYNAMIC, TINY, VARIANTS, random_inputs, random_model, variant
 
 LENGTHS = [(3, 2, 5, 4), (4, 7, 1, 1), (1, 1, 1, 0), (2, 3, 0, 6), (1, 5, 0, 0), (5, 1, 13, 0)]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from horsepower.graph.capture import CaptureError, capture
-from models import weights_of
+from horsepower.runtime.executor import weights_of
 
 
 def added(x):

@@ -18,8 +18,8 @@ from horsepower.graph.spec import SpecError
 from horsepower.graph.verify import AS_GIVEN, FLUSHED, HOSTILE, Check, check_sites, check_whole
 from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import OPS, Kernel
-from horsepower.runtime.executor import Executor
-from models import DYNAMIC, TINY, VARIANTS, random_inputs, random_model, variant, weights_of
+from horsepower.runtime.executor import Executor, weights_of
+from models import DYNAMIC, TINY, VARIANTS, random_inputs, random_model, variant
 
 SIZES = (4, 7, 5, 3)  # frames, video tokens a frame, audio, text
 

@@ -14,9 +14,9 @@ from horsepower.graph.call import Ref
 from horsepower.graph.operators import operator_of
 from horsepower.kernels.registry import op_of
 from horsepower.runtime import executor
-from horsepower.runtime.executor import Executor
+from horsepower.runtime.executor import Executor, weights_of
 from horsepower.runtime.fused import FusedDiT
-from models import VARIANTS, compiled, random_inputs, random_model, variant, weights_of
+from models import VARIANTS, compiled, random_inputs, random_model, variant
 
 
 @cache

@@ -35,11 +35,6 @@ def random_model(config: DiTConfig, dtype: torch.dtype = torch.bfloat16, seed: i
     return model.eval()
 
 
-def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by each of its names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-
-
 def random_inputs(config: DiTConfig, frames: int, tokens: int, audio: int, text: int) -> tuple[Tensor, ...]:
     """Video of `frames` frames of `tokens`, audio, text, coordinates."""
     generator = torch.Generator().manual_seed(1)

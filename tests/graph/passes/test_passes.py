@@ -10,9 +10,10 @@ from torch import nn
 from horsepower.graph import passes
 from horsepower.graph.capture import capture
 from horsepower.graph.spec import SpecError, check
+from horsepower.runtime.executor import weights_of
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import FOAL
-from models import DYNAMIC, VARIANTS, random_inputs, random_model, variant, weights_of
+from models import DYNAMIC, VARIANTS, random_inputs, random_model, variant
 from recordings import relative_error
 
 EVERY_LAYER = {"post_norm": {"post_norm_layers": tuple(range(40))}}

@@ -8,7 +8,7 @@ from torch import nn
 from horsepower.graph import passes
 from horsepower.graph.capture import capture
 from horsepower.graph.passes.raise_mask import LARGEST
-from models import weights_of
+from horsepower.runtime.executor import weights_of
 from recordings import relative_error
 
 BF16 = torch.bfloat16

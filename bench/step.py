@@ -1,27 +1,17 @@
 """One step of a preset's model, at the token counts that a user asks about."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from horsepower.runtime.engine import Engine
 from horsepower.runtime.foal import Foal
-from horsepower.runtime.models.dit import Condition, DiT
-from horsepower.runtime.presets import FOAL_MODELS
+from horsepower.runtime.models.dit import Counts, DiT
+from horsepower.runtime.presets import FOAL_MODELS, MODELS
 from horsepower.runtime.tokens import PATCH, Grid, coordinates
-
-METHOD = "velocity"
-DYNAMIC = (
-    {0: torch.export.Dim.DYNAMIC},
-    {0: torch.export.Dim.DYNAMIC},
-    Condition({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}),  # type: ignore[arg-type]
-    torch.export.Dim.DYNAMIC,
-)
-EXAMPLE = ((6, 5, 4), 3)  # token counts and frames to trace with: any distinct ones
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,10 @@ class Tokens:
 
     def __str__(self) -> str:
         return f"{self.video},{self.audio},{self.text}"
+
+    @property
+    def counts(self) -> Counts:
+        return self.video, self.audio, self.text
 
     @property
     def total(self) -> int:
@@ -76,17 +70,11 @@ def preset(name: str) -> DiT:
     return Foal(engine.device, engine.dtype).dit(name)
 
 
-def example(model: DiT) -> tuple[Any, ...]:
-    """Arguments of `model.velocity` to trace with, without values."""
-    counts, frames = EXAMPLE
-    config, master = model.config, model.final_linear_video.weight.dtype
-    condition = Condition(
-        torch.empty(counts[2], config.hidden_size, dtype=config.params_dtype),
-        torch.empty(sum(counts), 6 * (config.head_dim // 8), dtype=master),
-    )
-    channels = (config.video_in_channels, config.audio_in_channels)
-    latents = (torch.empty(n, c, dtype=master) for n, c in zip(counts, channels, strict=False))
-    return (*latents, condition, frames)
+def released(name: str) -> DiT:
+    """A model of the released size, on the meta device. Raises ValueError."""
+    if name not in MODELS:
+        raise ValueError(f"variant: got {name!r}, allowed: {', '.join(MODELS)}")
+    return DiT(MODELS[name], device="meta")
 
 
 def inputs(model: DiT, tokens: Tokens) -> tuple[Any, ...]:
@@ -104,9 +92,3 @@ def inputs(model: DiT, tokens: Tokens) -> tuple[Any, ...]:
     with torch.no_grad():
         condition = model.condition(normal(tokens.text, config.text_in_channels), coordinates(grid, tokens.text))
     return video, audio, condition, tokens.frames
-
-
-def weights(module: nn.Module) -> Mapping[str, Tensor]:
-    """Every parameter and buffer by each of its names."""
-    buffers = module.named_buffers(remove_duplicate=False)
-    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(buffers)}
