@@ -171,7 +171,8 @@ class _Measured:
                 x = node.meta["val"]
                 env[node] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
             elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                operands = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), operands)
                 env[node] = node.target(*args, **kwargs)
                 if not is_view(node):
                     cost = _cost(node.target, args, kwargs, env[node])

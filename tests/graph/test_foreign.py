@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from foreign import FOREIGN, cast, example, tensors
+from horsepower.explaining import explain
 from horsepower.runtime.compiled import compile
 from recordings import relative_error
 
@@ -55,3 +56,9 @@ def test_other_values_of_the_same_shapes():
     with torch.no_grad():
         for one, two in zip(tensors(run(*other, **kwargs)), tensors(module(*other, **kwargs)), strict=True):
             assert relative_error(one, two) < 1e-5
+
+
+def test_explain_lists_what_is_fused_of_them():
+    module, args, kwargs = example("wan")
+    said = explain(module, args, example_keywords=kwargs).text()
+    assert all(name in said for name in ("raise_attention", "raise_layer_norm", "raise_rms_norm", "it has a bias"))
