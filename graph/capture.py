@@ -11,9 +11,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 from horsepower.graph import repeats
 from horsepower.graph.functionalise import BoundaryError, InPlaceError, functionalise, line_of
@@ -247,7 +250,21 @@ def _graph_of(program: torch.export.ExportedProgram, traced: int) -> Graph:
     spec_in, spec_out = program.call_spec.in_spec, program.call_spec.out_spec
     assert spec_in is not None
     assert spec_out is not None
-    return Graph(nodes, constants, spec_in, spec_out, tuple(inputs), traced)
+    return Graph(nodes, constants, spec_in, spec_out, tuple(inputs), traced, _conditions(program, nodes))
+
+
+def _conditions(program: torch.export.ExportedProgram, nodes: fx.Graph) -> tuple[Any, ...]:
+    """What the trace assumed of sizes, but for the 2 that it takes for the least of any."""
+    mode = detect_fake_mode([node.meta["val"] for node in nodes.nodes if isinstance(node.meta.get("val"), Tensor)])
+    if mode is None or mode.shape_env is None:
+        return ()
+    guards = [mode.shape_env.replace(guard.expr) for guard in mode.shape_env.guards]
+    for symbol, values in program.range_constraints.items():
+        if symbol.is_Symbol and values.lower > 2:
+            guards.append(symbol >= values.lower)
+        if symbol.is_Symbol and values.upper != int_oo:
+            guards.append(symbol <= values.upper)
+    return tuple(dict.fromkeys(guard for guard in guards if guard != sympy.true))
 
 
 def _stamp(nodes: fx.Graph) -> None:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+import sympy
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from horsepower.graph.graph import Graph
-from horsepower.graph.sizes import Size, TensorSpec, evaluate, renamed, size_of, symbol
+from horsepower.graph.sizes import Size, TensorSpec, evaluate, holds, renamed, size_of, symbol
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,13 @@ class Contract:
 
     spec: pytree.TreeSpec
     rules: tuple[Rule, ...]
+    conditions: tuple[Size, ...] = ()  # comparisons of sizes that the trace took for granted
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, int]]:
         """The flattened inputs, and what each symbol stands for. Raises ValueError naming the first bad input."""
+        names = self.spec.children()[1].context  # keywords may come in any order
+        if kwargs.keys() == set(names):
+            kwargs = {name: kwargs[name] for name in names}
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.spec:
             raise ValueError(f"inputs: got {_outline(spec)}, allowed: {_outline(self.spec)}, as compiled")
@@ -66,6 +71,10 @@ class Contract:
             expected = size if isinstance(size, int) else _evaluated(size, known)
             if expected != value:
                 raise ValueError(f"{name}: got a size of {value}, allowed: {expected}")
+        for condition in self.conditions:
+            if not _holds(condition, known):
+                sizes = ", ".join(f"{name} = {value}" for name, value in known if name in str(condition))
+                raise ValueError(f"inputs: got {sizes}, allowed: {condition}, as the module took another way with them")
         return flat, bound
 
 
@@ -74,10 +83,15 @@ def _evaluated(size: Size, bound: tuple[tuple[str, int], ...]) -> int:
     return evaluate(size, dict(bound))
 
 
+@lru_cache(4096)
+def _holds(condition: Size, bound: tuple[tuple[str, int], ...]) -> bool:
+    return holds(condition, dict(bound))
+
+
 def _sizes(rule: Rule, given: Any) -> list[tuple[Size, int]]:
     """Each size that the rule speaks of with the one given."""
     if isinstance(rule, ConstantRule):
-        if type(given) is not type(rule.value) or given != rule.value:
+        if type(given) is not type(rule.value) or repr(given) != repr(rule.value):  # -0.0 is not 0.0, nan is nan
             raise ValueError(f"{rule.name}: got {given!r}, allowed: {rule.value!r}, as compiled")
         return []
     if isinstance(rule, IntegerRule):
@@ -116,7 +130,9 @@ def contract_of(graph: Graph, symbols: Mapping[Size, Size]) -> Contract:
             rules.append(TensorRule(given.name, TensorSpec.of(value, symbols)))
         else:
             rules.append(IntegerRule(given.name, renamed(size_of(value), symbols)))
-    return Contract(graph.in_spec, tuple(rules))
+    known = [each for each in graph.conditions if each.free_symbols <= symbols.keys()]  # the others follow from rules
+    conditions = tuple(each.xreplace(dict(symbols)) for each in known)
+    return Contract(graph.in_spec, tuple(rules), tuple(each for each in conditions if each != sympy.true))
 
 
 def _outline(spec: pytree.TreeSpec) -> str:

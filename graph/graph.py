@@ -1,11 +1,14 @@
 """The compiler's graph: one model as a flat list of operator calls that can be executed at every stage."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 
@@ -33,12 +36,13 @@ class Graph:
     out_spec: pytree.TreeSpec
     inputs: tuple[fx.Node | object, ...]  # a flat input's placeholder, or the constant that it must equal
     traced: int  # repeated blocks that were traced, not stamped
+    conditions: tuple[Any, ...] = ()  # what the trace assumed of sizes: true expressions in their symbols
     sites: list[Site] = field(default_factory=list)
 
     def call(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:
         """Append a call at the insertion point; its fake value comes from the operator's own shape rule."""
         node = self.nodes.call_function(target, args)
-        node.meta = {"module": like.meta["module"], "val": target(*value_of(args))}
+        node.meta = {"module": like.meta["module"], "val": on_fakes(target, *value_of(args))}
         return node
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
@@ -47,10 +51,11 @@ class Graph:
         old.replace_all_uses_with(new)
 
     def fixed(self) -> set[fx.Node]:
-        """Calls that depend on weights alone."""
+        """Calls that depend on weights alone, and are the same every time."""
         known: set[fx.Node] = set()
         for node in self.nodes.nodes:
-            if node.op == "get_attr" or (node.op == "call_function" and known.issuperset(node.all_input_nodes)):
+            computed = node.op == "call_function" and known.issuperset(node.all_input_nodes) and not _is_random(node)
+            if node.op == "get_attr" or computed:
                 known.add(node)
         return {node for node in known if node.op == "call_function"}
 
@@ -88,6 +93,26 @@ class Graph:
             elif node.op == "output":
                 output = fx.map_arg(node.args[0], env.__getitem__)
         return pytree.tree_unflatten(list(output), self.out_spec)
+
+
+def on_fakes(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What an operator returns for fake tensors. An error, rather than a dynamic size fixed to that of the trace."""
+    mode = detect_fake_mode([x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if mode is not None:
+            stack.enter_context(enable_python_dispatcher())
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.error_on_new_guards())
+        return target(*args, **kwargs)
+
+
+def _is_random(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (
+        torch.Tag.nondeterministic_seeded in target.tags or "dropout" in str(target)
+    )
 
 
 def args_of(node: fx.Node) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from horsepower.graph.call import Call, Ref, Result, Weight, refs_in
 from horsepower.graph.contract import Contract, TensorRule, contract_of, symbols_of
-from horsepower.graph.graph import Graph, Site, value_of
+from horsepower.graph.graph import Graph, Site, on_fakes, value_of
 from horsepower.graph.memory import Layout, lay_out
 from horsepower.graph.operators import name_of
 from horsepower.graph.sizes import Size, TensorSpec
@@ -131,5 +131,7 @@ def _is_view(node: fx.Node) -> bool:
         return False
     args, kwargs = value_of(node.args), value_of(node.kwargs)
     given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-    made = [x for x in pytree.tree_leaves(node.target(*args, **kwargs)) if isinstance(x, Tensor)]
+    if not given:
+        return False
+    made = [x for x in pytree.tree_leaves(on_fakes(node.target, *args, **kwargs)) if isinstance(x, Tensor)]
     return any(x.untyped_storage()._cdata in given for x in made)

@@ -8,12 +8,19 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 Size: TypeAlias = Any  # an int or a sympy expression
 Sizes: TypeAlias = Mapping[str, int]  # what the symbols stand for, by name
 
-_CALLS: dict[str, Callable[..., Any]] = {"FloorDiv": FloorDiv, "Mod": Mod, "Max": sympy.Max, "Min": sympy.Min}
+_CALLS: dict[str, Callable[..., Any]] = {
+    "FloorDiv": FloorDiv,
+    "Mod": Mod,
+    "Max": Max,
+    "Min": Min,
+    "Eq": sympy.Eq,
+    "Ne": sympy.Ne,
+}
 _BINARY: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -21,6 +28,10 @@ _BINARY: dict[type, Callable[..., Any]] = {
     ast.Pow: operator.pow,
     ast.FloorDiv: FloorDiv,
     ast.Mod: Mod,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
 }
 
 
@@ -50,6 +61,14 @@ def evaluate(size: Size, sizes: Sizes) -> int:
     return int(value)
 
 
+def holds(condition: Size, sizes: Sizes) -> bool:
+    """Whether a comparison of sizes is true. Raises ValueError naming the sizes that are missing."""
+    value = condition.subs({each: sizes[each.name] for each in condition.free_symbols if each.name in sizes})
+    if value not in (sympy.true, sympy.false):
+        raise ValueError(f"sizes: got no {', '.join(sorted(map(str, value.free_symbols)))}")
+    return bool(value)
+
+
 def renamed(size: Size, symbols: Mapping[Size, Size]) -> Size:
     """With other symbols. Raises ValueError for one that has no new name: a size that no input decides."""
     if isinstance(size, int):
@@ -64,7 +83,7 @@ def parse(text: str) -> Size:
     try:
         return simplified(sympy.sympify(_parsed(ast.parse(text, mode="eval").body)))
     except (SyntaxError, TypeError) as error:
-        raise ValueError(f"size: got {text!r}, allowed: integers, symbols, + - * // % **, Max and Min") from error
+        raise ValueError(f"size: got {text!r}, allowed: arithmetic of integers and symbols") from error
 
 
 def _parsed(node: ast.expr) -> Any:
@@ -76,6 +95,8 @@ def _parsed(node: ast.expr) -> Any:
         return -_parsed(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return _BINARY[type(node.op)](_parsed(node.left), _parsed(node.right))
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _BINARY:
+        return _BINARY[type(node.ops[0])](_parsed(node.left), _parsed(node.comparators[0]))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS and not node.keywords:
         return _CALLS[node.func.id](*map(_parsed, node.args))
     raise TypeError(ast.dump(node))

@@ -28,6 +28,7 @@ def dump(plan: Plan) -> str:
     return json.dumps(
         {
             "rules": [_rule(rule) for rule in plan.contract.rules],
+            "conditions": [_size(condition) for condition in plan.contract.conditions],
             "inputs": plan.inputs,
             "weights": [[weight.value, weight.name, _spec(weight.spec)] for weight in plan.weights],
             "constants": {name: _tensor(value) for name, value in plan.constants.items()},
@@ -51,7 +52,11 @@ def load(text: str, in_spec: pytree.TreeSpec) -> Plan:
     try:
         stored = json.loads(text)
         plan = Plan(
-            Contract(in_spec, tuple(_read_rule(rule) for rule in stored["rules"])),
+            Contract(
+                in_spec,
+                tuple(_read_rule(rule) for rule in stored["rules"]),
+                tuple(parse(condition) for condition in stored["conditions"]),
+            ),
             tuple(stored["inputs"]),
             tuple(Weight(value, name, _read_spec(spec)) for value, name, spec in stored["weights"]),
             {name: _read_tensor(value) for name, value in stored["constants"].items()},

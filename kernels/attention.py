@@ -44,7 +44,7 @@ def outputs(
     L, Hq = q.shape[-3:-1]
     if q.ndim == 4 and (gate is not None or window >= 0):
         raise ValueError("q: got a batch, allowed: one sequence, for a gate or a window")
-    if gate is not None and gate.shape not in ((L, Hq), (experts * Hq,)):
+    if gate is not None and all(differ(gate.shape, wanted) for wanted in ((L, Hq), (experts * Hq,))):
         raise ValueError(f"gate: got {list(gate.shape)}, allowed: [{L}, {Hq}] or [{experts * Hq}]")
     if gate is not None and gate.ndim == 1 and experts != 1:
         check_counts(counts, L)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from horsepower.graph import passes, repeats
@@ -16,7 +16,6 @@ from horsepower.graph.plan import Plan, plan_of
 from horsepower.runtime.cache import find, keep
 from horsepower.runtime.executor import Executor, weights_of
 
-_MUTABLE = (list, dict, set)
 _log = logging.getLogger("horsepower")
 
 
@@ -44,37 +43,85 @@ class Compiled:
 
 
 class Snapshot:
-    """What a module was when it was compiled, cheap to compare with what it is now."""
+    """What a module was when it was compiled, cheap to compare with what it is now.
+
+    Values changed in place through `.data`, and objects inside the objects that attributes hold, are not seen.
+    """
 
     def __init__(self, module: nn.Module):
         modules = list(module.named_modules())
         self._tensors = [
-            (f"{path}.{name}".lstrip("."), holder, name, tensor, None if tensor is None else tensor._version)
+            (f"{path}.{name}".lstrip("."), holder, name, tensor, _state(tensor))
             for path, each in modules
-            for holder in (each._parameters, each._buffers)
+            for holder in (each._parameters, each._buffers, vars(each))
             for name, tensor in holder.items()
+            if tensor is None or isinstance(tensor, Tensor)
         ]
         self._children = [(each._modules, dict(each._modules)) for _, each in modules]
-        self._attributes = [(each, path, dict(repeats.attributes(each))) for path, each in modules]
-        mutable = [each for each, _, then in self._attributes if any(isinstance(x, _MUTABLE) for x in then.values())]
-        self._texts = [(each, repeats.attribute_texts(each)) for each in mutable]
+        self._hooks = [(hooks, dict(hooks)) for _, each in modules for hooks in _hooks(each)]
+        self._attributes = [
+            (path, vars(each), len(vars(each)), [(n, x) for n, x in repeats.attributes(each) if not _is_tensor(x)])
+            for path, each in modules
+        ]
+        values = [(each, [x for _, x in its]) for (_, each), (*_, its) in zip(modules, self._attributes, strict=True)]
+        self._texts = [(each, repeats.attribute_texts(each)) for each, its in values if any(map(_is_mutable, its))]
+        objects = {id(x): x for _, its in values for x in its if _is_object(x)}
+        self._objects = [(vars(x), dict(vars(x))) for x in objects.values()]
 
     def check(self) -> None:
         """Raises RuntimeError naming the parameter, buffer or attribute that changed."""
-        for name, holder, key, tensor, version in self._tensors:
-            if holder.get(key) is not tensor or (tensor is not None and tensor._version != version):
+        for name, holder, key, tensor, state in self._tensors:
+            if holder.get(key) is not tensor or _state(tensor) != state:
                 raise RuntimeError(f"{name}: changed after compiling, allowed: compile the module again")
-        for each, path, then in self._attributes:
-            now = vars(each)
-            for name, value in then.items():
-                if now.get(name) is not value and now.get(name) != value:
+        for path, now, count, then in self._attributes:
+            for name, value in then:
+                found = now.get(name, _MISSING)
+                if found is not value and (type(found) is not type(value) or found != value):
                     raise RuntimeError(
                         f"{f'{path}.{name}'.lstrip('.')}: changed after compiling, allowed: compile it again"
                     )
+            if len(now) != count:
+                raise RuntimeError(f"{path or 'module'}: got another attribute after compiling, allowed: compile again")
         if any(now != then for now, then in self._children):
             raise RuntimeError("module: a submodule changed after compiling, allowed: compile it again")
-        if any(repeats.attribute_texts(each) != then for each, then in self._texts):
+        if any(now != then for now, then in self._hooks):
+            raise RuntimeError("module: a hook changed after compiling, allowed: compile it again")
+        if any(now != then for now, then in self._objects) or any(
+            repeats.attribute_texts(each) != then for each, then in self._texts
+        ):
             raise RuntimeError("module: an attribute changed after compiling, allowed: compile it again")
+
+
+_MISSING = object()
+
+
+def _state(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """What differs once a tensor's values have been changed or replaced; tensors of inference mode count no changes."""
+    if tensor is None:
+        return None
+    return None if tensor.is_inference() else tensor._version, tensor.dtype, tensor.data_ptr()
+
+
+def _hooks(module: nn.Module) -> tuple[Any, Any]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_mutable(value: Any) -> bool:
+    return isinstance(value, list | dict | set) or (isinstance(value, tuple) and any(map(_is_mutable, value)))
+
+
+def _is_object(value: Any) -> bool:
+    """Whether it has attributes of its own that can be compared, such as a configuration."""
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, type | nn.Module | dict)
+        and not callable(value)
+        and not any(map(_is_tensor, vars(value).values()))
+    )
 
 
 def compile(

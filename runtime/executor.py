@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from horsepower.graph.call import Call, Ref, refs_in
+from horsepower.graph.contract import IntegerRule
 from horsepower.graph.memory import Layout, Place
 from horsepower.graph.operators import operator_of, writer_of
 from horsepower.graph.plan import Plan
@@ -19,7 +20,6 @@ Step = Callable[[Env], None]
 Read = Callable[[Env], tuple[list[Any], dict[str, Any]]]
 
 PROGRAMS = 8  # sets of sizes that an arena remembers: a prompt has its own token count, and a clip several steps
-STRIDES = ("aten.sym_stride", "aten.sym_storage_offset")  # integers that equal sizes do not decide
 
 
 class Executor:
@@ -58,7 +58,7 @@ class Executor:
         except IndexError:
             arena = _Arena(self.plan, self._fixed)
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # an arena made in that mode could not be used outside
                 flat = arena.run(given, sizes)
         finally:
             self._idle.append(arena)
@@ -81,7 +81,7 @@ class _Arena:
 
     def run(self, given: list[Any], sizes: Mapping[str, int]) -> list[Any]:
         """The flattened outputs."""
-        key = tuple(sizes.values())
+        key = (*sizes.values(), torch.get_num_threads())  # scratch memory is as large as there are threads
         if (program := self._programs.get(key)) is None:
             layout = self._plan.at(sizes)
             if layout.arena > self._memory.numel():
@@ -108,6 +108,7 @@ class _Program:
         self._plan, self._layout, self._memory = plan, layout, memory
         self._placed = dict(fixed)
         self._steps: list[Step] = []
+        self._sizes = {rule.name for rule in plan.contract.rules if isinstance(rule, IntegerRule)}
         self._held = {x.untyped_storage().data_ptr() for x in (memory, *fixed.values()) if isinstance(x, Tensor)}
 
     def record(self, given: list[Any]) -> list[Any]:
@@ -117,6 +118,7 @@ class _Program:
             if step := self._bound(i, call, env):
                 step(env)
                 self._steps.append(step)
+                self._check_written(i, call)
         return self._outputs(env, given)
 
     def run(self, given: list[Any]) -> list[Any]:
@@ -132,10 +134,13 @@ class _Program:
     def _bound(self, i: int, call: Call, env: Env) -> Step | None:
         """How to execute a call from now on; None if its result is the same in each run."""
         read = _reader(call, self._placed)
-        is_size = call.spec is None and not call.target.startswith(STRIDES)
-        if not call.makes and (is_size or self._placed.keys() >= set(call.reads)):
+        is_size = call.spec is None and (call.target.startswith("aten.sym_size") or self._sizes.issuperset(call.reads))
+        is_view = call.spec is not None and not call.makes and self._placed.keys() >= set(call.reads)
+        if is_size or is_view:
             args, kwargs = read(env)
             self._placed[call.result] = operator_of(call.target)(*args, **kwargs)
+            if is_size:
+                self._sizes.add(call.result)
             return None
         if (i, 0) not in self._layout.results:
             return _fresh(call, read)
@@ -164,6 +169,14 @@ class _Program:
 
         return step
 
+    def _check_written(self, i: int, call: Call) -> None:
+        """An operator that resized what it was given has left its place: a fault of the plan, never a wrong number."""
+        if (i, 0) in self._layout.results:
+            value = self._placed[call.result]
+            for k, x in enumerate(value if isinstance(call.spec, tuple) else (value,)):
+                if tuple(x.shape) != self._layout.results[i, k].spec.shape:
+                    raise RuntimeError(f"{call.target}: made {list(x.shape)}, planned: {call.makes[k]}")
+
     def _outputs(self, env: Env, given: list[Any]) -> list[Any]:
         """What the plan returns, copied if its memory is the plan's or the caller's."""
         held = self._held | {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
@@ -185,10 +198,22 @@ def _fresh(call: Call, read: Read) -> Step:
     def step(env: Env) -> None:
         args, kwargs = read(env)
         env[result] = run(*args, **kwargs)
+        if call.makes:
+            env[result] = _apart(env[result], (args, kwargs))
         for name in frees:
             env.pop(name, None)
 
     return step
+
+
+def _apart(made: Any, given: Any) -> Any:
+    """What an operator made, copied if it is a view after all: at other sizes, such as 1, a reshape may be one."""
+    held = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves(given) if isinstance(x, Tensor)}
+
+    def own(x: Tensor) -> Tensor:
+        return x.clone() if x.untyped_storage().data_ptr() in held else x
+
+    return pytree.tree_map_only(Tensor, own, made)
 
 
 def _reader(call: Call, placed: Env) -> Read:

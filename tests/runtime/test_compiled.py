@@ -4,6 +4,7 @@ import copy
 import threading
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,11 @@ def _layer_swapped(model):
         (lambda m: setattr(m.block.layers[0].mlp, "activation", torch.relu), r"layers\.0\.mlp\.activation: changed"),
         (lambda m: m.train(), "training: changed"),
         (_layer_swapped, "submodule changed"),
+        (lambda m: m.float(), r"weight: changed"),
+        (lambda m: setattr(m.final_linear_video.weight, "data", m.final_linear_video.weight.data.clone()), "changed"),
+        (lambda m: setattr(m.block.layers[1], "forward", lambda h, *_: h), r"block\.layers\.1: got another attribute"),
+        (lambda m: m.block.register_forward_hook(lambda *_: None), "a hook changed"),
+        (lambda m: setattr(m.block.layers[0].attention, "experts", 3.0), r"attention\.experts: changed"),
     ],
 )
 def test_a_model_changed_after_compiling_raises(change, message):
@@ -160,6 +166,33 @@ def test_a_model_changed_after_compiling_raises(change, message):
         return
     with pytest.raises(RuntimeError, match=message):
         both(model, run, 3, 2, 5, 4)
+
+
+class Configured(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config, self.sizes, self.table = SimpleNamespace(scale=2.0), ([2],), torch.ones(3)
+
+    def forward(self, x):
+        return x * self.config.scale + self.sizes[0][0] + self.table
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.config, "scale", 3.0),
+        lambda m: m.sizes[0].append(1),
+        lambda m: m.table.mul_(2),
+        lambda m: setattr(m, "table", torch.ones(3)),
+    ],
+)
+def test_what_attributes_hold_is_watched(change):
+    module, x = Configured(), torch.ones(3)
+    run = horsepower.compile(module, (x,))
+    assert run(x).tolist() == [5, 5, 5]
+    change(module)
+    with pytest.raises(RuntimeError, match="changed after compiling"):
+        run(x)
 
 
 def test_a_copy_of_the_model_is_its_own(tiny):
