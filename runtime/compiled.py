@@ -138,7 +138,8 @@ def compile(
 
     example_inputs: positional arguments; only shapes and dtypes matter. Sizes of dynamic dimensions should be distinct
     and at least 2.
-    dynamic_shapes: as for `torch.export.export`; sizes that it leaves out are fixed.
+    dynamic_shapes: as for `torch.export.export`; sizes that it leaves out are fixed. A call whose sizes make the
+    code take another way than in the trace is refused. Strides are free; code that asks for them sees the example's.
     expect: sites that each pass must take, by the name of the pass.
     only: the passes to run, in order; fewer of them show what each gains.
     cache: look for the plan on disk (`runtime/cache.py`), and keep it there; nothing is traced if it is found.
