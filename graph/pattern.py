@@ -12,9 +12,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from horsepower.graph.graph import Graph, dtype_of
+from horsepower.graph.graph import Graph, args_of, dtype_of
 
 Found = dict[str, Any]
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ class Cast:
 
 
 def is_cast(node: Any) -> bool:
-    """Whether a node only changes the dtype."""
-    return isinstance(node, fx.Node) and str(node.target) == "aten.to.dtype"
+    """Whether a node only changes the dtype, from one float to another of 16 bits or more: it rounds, and no more."""
+    if not isinstance(node, fx.Node) or str(node.target) != "aten.to.dtype":
+        return False
+    return dtype_of(node) in FLOATS and dtype_of(args_of(node)[0]) in FLOATS
 
 
 def before_widening(node: Any) -> Any:
@@ -76,6 +79,11 @@ def before_widening(node: Any) -> Any:
     if is_cast(node) and torch.promote_types(dtype_of(node.args[0]), torch.float32) == dtype_of(node):
         return node.args[0]
     return node
+
+
+def not_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
+    """Whether the second dtype holds all values of the first."""
+    return torch.promote_types(dtype, than) == than
 
 
 def after_cast(node: fx.Node) -> fx.Node:

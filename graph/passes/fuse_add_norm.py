@@ -5,13 +5,14 @@ was rounded to in between stays in float32.
 """
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, dtype_of
-from horsepower.graph.pattern import computed_by, is_cast
+from horsepower.graph.pattern import computed_by, is_cast, not_wider
+from horsepower.kernels.add_rms_norm import FLOATS
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -29,35 +30,22 @@ def fuse_add_norm(graph: Graph) -> None:
     for node in list(graph.nodes.nodes):
         if node.target is not ops.rms_norm.default or not _is_sum(total := node.args[0]):
             continue
-        _, gain, _, counts, eps, dtype = args_of(node)
-        if gain is None:
-            graph.refuse("fuse_add_norm", node, "the norm has no gain")
-            continue
         residual, branch = _sides(total)
         if branch is None:
             graph.refuse("fuse_add_norm", node, "neither side of the sum is a projection of its own")
             continue
-        if branch.post_eps not in (None, eps):
-            graph.refuse("fuse_add_norm", node, "its two norms have different epsilons")
+        counts = [each for each in (args_of(node)[3], branch.linear.args[3], branch.post_counts) if each]
+        if reason := _refusal(node, total, residual, branch, counts):
+            graph.refuse("fuse_add_norm", node, reason)
             continue
-        linear = branch.linear
-        x, weight, linear_experts, linear_counts = linear.args
-        all_counts = [c for c in (counts, linear_counts, branch.post_counts) if c]
-        if any(c != all_counts[0] for c in all_counts):
-            graph.refuse("fuse_add_norm", node, "projection and norms split the rows differently")
-            continue
-        if not _narrower(dtype_of(residual), dtype_of(total)) or not _narrower(dtype_of(linear), dtype_of(total)):
-            graph.refuse("fuse_add_norm", node, f"the sum is kept in {dtype_of(total)}")
-            continue
-        if not computed_by((gain, all_counts), total):
-            graph.refuse("fuse_add_norm", node, "the gain or the counts are computed later than the sum")
-            continue
+        _, gain, _, _, eps, dtype = args_of(node)
+        x, weight, experts, _ = branch.linear.args
         with graph.nodes.inserting_before(total):
             if dtype_of(residual) != dtype_of(total):
                 residual = graph.call(aten.to.dtype, residual, dtype_of(total), like=node)
             fused = graph.call(
-                FUSED, x, weight, linear_experts, residual, branch.post_gain, gain, all_counts[0] if all_counts else [],
-                eps, dtype, like=node,
+                FUSED, x, weight, experts, residual, branch.post_gain, gain, counts[0] if counts else [], eps, dtype,
+                like=node,
             )  # fmt: skip
             new_sum, normed = (graph.call(operator.getitem, fused, i, like=node) for i in range(2))
         graph.replace(total, new_sum)
@@ -65,9 +53,24 @@ def fuse_add_norm(graph: Graph) -> None:
         graph.take("fuse_add_norm", fused)
 
 
-def _narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
-    """Whether the second dtype holds all values of the first."""
-    return torch.promote_types(dtype, than) == than
+def _refusal(norm: fx.Node, total: fx.Node, residual: fx.Node, branch: Branch, counts: list[Any]) -> str | None:
+    _, gain, _, _, eps, dtype = args_of(norm)
+    if gain is None:
+        return "the norm has no gain"
+    if branch.post_eps not in (None, eps):
+        return "its two norms have different epsilons"
+    if len({str(each.meta["val"].shape) for each in (residual, branch.linear, total)}) != 1:
+        return "one side of the sum is broadcast"
+    if any(each != counts[0] for each in counts):
+        return "projection and norms split the rows differently"
+    if not all(not_wider(dtype_of(each), dtype_of(total)) for each in (residual, branch.linear)):
+        return f"the sum is kept in {dtype_of(total)}"
+    read = [dtype_of(each) for each in (total, branch.linear, gain, branch.post_gain) if each is not None]
+    if not {dtype, *read} <= set(FLOATS):
+        return "the sum, a gain or what is returned has a dtype that the op does not take"
+    if not computed_by((gain, counts), total):
+        return "the gain or the counts are computed later than the sum"
+    return None
 
 
 def _is_sum(node: object) -> bool:

@@ -9,7 +9,7 @@ from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
 from horsepower.graph.modality import match_experts
-from horsepower.graph.pattern import Call, Found, Hole, after_cast, before_widening, few, one_row, widened
+from horsepower.graph.pattern import Call, Found, Hole, after_cast, before_widening, few, not_wider, one_row, widened
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -38,6 +38,9 @@ def raise_rms_norm(graph: Graph) -> None:
 
 def _raise_written_out(graph: Graph, node: fx.Node, found: Found) -> None:
     x, dims, eps = found["x"], found["dims"], found["eps"]
+    if node.meta["val"].ndim == 0:
+        graph.refuse("raise_rms_norm", node, "it is a single number")
+        return
     if [dim % node.meta["val"].ndim for dim in dims] != [node.meta["val"].ndim - 1] or not isinstance(eps, float | int):
         graph.refuse("raise_rms_norm", node, "it norms more than the last dimension, or its epsilon is computed")
         return
@@ -46,7 +49,7 @@ def _raise_written_out(graph: Graph, node: fx.Node, found: Found) -> None:
         return
     last, gain = after_cast(node), None
     users = list(last.users)
-    if len(users) == 1 and users[0].target is aten.mul.Tensor:
+    if len(users) == 1 and users[0].target is aten.mul.Tensor and not_wider(dtype_of(users[0]), dtype_of(node)):
         gain = next((own for own in users[0].args if own is not last and one_row(own, x)), None)
     if gain is not None:
         last = after_cast(users[0])

@@ -1,5 +1,6 @@
 """Patterns."""
 
+import pytest
 import torch
 from torch import fx
 
@@ -13,6 +14,13 @@ def nodes(build):
     graph = fx.Graph()
     x, y = graph.placeholder("x"), graph.placeholder("y")
     return x, y, build(graph, x, y)
+
+
+def negated_cast(dtype, to):
+    """A graph's x [3] of one dtype, and neg(x.to(the other))."""
+    x, _, node = nodes(lambda g, x, y: g.call_function(aten.neg.default, (g.call_function(aten.to.dtype, (x, to)),)))
+    x.meta["val"], node.args[0].meta["val"] = (torch.empty(3, dtype=each, device="meta") for each in (dtype, to))
+    return x, node
 
 
 def test_a_hole_is_the_same_thing_everywhere():
@@ -42,7 +50,12 @@ def test_a_cast_is_optional_and_looked_through():
     pattern = Call(aten.neg.default, Cast(Hole("x")))
     x, _, bare = nodes(lambda g, x, y: g.call_function(aten.neg.default, (x,)))
     assert pattern.match(bare) == {"x": x}
-    x, _, node = nodes(
-        lambda g, x, y: g.call_function(aten.neg.default, (g.call_function(aten.to.dtype, (x, torch.float32)),))
-    )
+    x, node = negated_cast(torch.bfloat16, torch.float32)
     assert pattern.match(node) == {"x": x}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_conversion_that_changes_more_than_the_rounding_is_not_a_cast(dtype):
+    for dtypes in ((torch.float32, dtype), (dtype, torch.float32)):
+        _, node = negated_cast(*dtypes)
+        assert Call(aten.neg.default, Cast(Hole("x"))).match(node) == {"x": node.args[0]}
