@@ -43,7 +43,7 @@ def match_experts(node: fx.Node, target: Callable[..., Any], weight: int) -> Exp
     assert chunk is not None
     rows_of, counts, *dim = args_of(split)
     stacked, *pieces = args_of(chunk)
-    if dim not in ([], [0]) or pieces != [3]:
+    if dim not in ([], [0]) or pieces != [3] or rows_of.meta["val"].ndim < 2:
         return None
     return Experts(rows_of, stacked, list(counts), calls[0])
 
