@@ -13,8 +13,6 @@ from horsepower.graph.graph import Graph
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-
-
 LARGEST = 2**26  # elements of a mask that is worth computing here
 
 
@@ -34,7 +32,9 @@ def raise_mask(graph: Graph) -> None:
             graph.refuse("raise_mask", node, "the mask depends on what the model is given, or adds to the scores")
             continue
         hides = not bool(visible.all())
-        if hides and not bool((visible == torch.ones_like(visible).tril()).all()):
+        tokens = [str(options[name].meta["val"].shape[-2]) for name in NAMES[:2]]  # type: ignore[attr-defined]
+        whole = list(map(str, visible.shape[-2:])) == tokens  # a row that all queries share is not causal
+        if hides and not (whole and bool((visible == torch.ones_like(visible).tril()).all())):
             graph.refuse("raise_mask", node, "the mask is neither causal nor empty")
             continue
         options |= {"attn_mask": None, "is_causal": hides}
