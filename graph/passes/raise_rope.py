@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import Call, Hole, after_cast
+from horsepower.graph.pattern import Call, Found, Hole, after_cast
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -39,8 +39,20 @@ ROTATED = Call(
 def raise_rope(graph: Graph) -> None:
     for node in graph.nodes.nodes:
         if found := ROTATED.match(node):
+            if reason := _refusal(found):
+                graph.refuse("raise_rope", node, reason)
+                continue
             last = after_cast(node)
             with graph.nodes.inserting_before(last):
                 new = graph.call(ROPE, found["x"], found["rope"], dtype_of(last), like=node)
             graph.replace(last, new)
             graph.take("raise_rope", new)
+
+
+def _refusal(found: Found) -> str | None:
+    x, table = (found[name].meta["val"].shape for name in ("x", "rope"))
+    if len(x) != 3 or len(table) != 2:
+        return "it does not turn [L, H, D] by [L, 2 h]"
+    if (str(table[0]), str(table[1])) != (str(x[0]), str(2 * found["half"])):
+        return "its table is broadcast"
+    return None
