@@ -41,6 +41,9 @@ def raise_activation(graph: Graph) -> None:
             if not found or dtype_of(node) not in (torch.float32, torch.float64):
                 continue
             u = found["u"]
+            if u.meta["val"].ndim == 0:
+                graph.refuse("raise_activation", node, "it is a single number")
+                continue
             if kind == "swiglu7" and found["last"] != u.meta["val"].ndim - 1:
                 graph.refuse("raise_activation", node, "the pairs are not in the last dimension")
                 continue
@@ -53,6 +56,9 @@ def raise_activation(graph: Graph) -> None:
     for node in graph.nodes.nodes:
         if (name := _plain(node)) is not None:
             (given,), last = node.args, after_cast(node)
+            if node.meta["val"].ndim == 0:
+                graph.refuse("raise_activation", node, "it is a single number")
+                continue
             alone = last is node and before_widening(given) is given
             if alone and (few(node) or name == "gelu"):  # its erf costs as much here as there
                 graph.refuse("raise_activation", node, "torch's own is as fast")

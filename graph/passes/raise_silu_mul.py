@@ -21,6 +21,9 @@ def raise_silu_mul(graph: Graph) -> None:
         if str(gate.meta["val"].shape) != str(up.meta["val"].shape):
             graph.refuse("raise_silu_mul", node, "one side is broadcast")
             continue
+        if gate.meta["val"].ndim == 0:
+            graph.refuse("raise_silu_mul", node, "it is a single number")
+            continue
         if dtype_of(gate) != dtype_of(up):
             graph.refuse("raise_silu_mul", node, "the sides differ in dtype")
             continue
