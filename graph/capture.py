@@ -152,11 +152,11 @@ def _marked(block: nn.Module, kind: Hashable, path: str) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         tracing = _tracing.get()
+        if not all(map(_is_fixed, (*args, *kwargs.values()))):
+            return forward(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         key = _key(kind, spec, leaves)
-        if key is None:
-            return forward(*args, **kwargs)
         if key in tracing.regions:
             first = tracing.regions[key]
             return pytree.tree_unflatten(_REPEAT(tensors, path, first), tracing.outputs[first].spec)
@@ -175,16 +175,21 @@ def _marked(block: nn.Module, kind: Hashable, path: str) -> Callable[..., Any]:
     return run
 
 
-def _key(kind: Hashable, spec: pytree.TreeSpec, leaves: Sequence[Any]) -> Hashable | None:
-    """Calls with equal keys compute the same function of their tensors; None if an argument may be anything."""
+def _is_fixed(value: Any) -> bool:
+    """Whether a block cannot change an argument: its Python code runs for the first block of a kind alone."""
+    if type(value) is tuple or pytree.is_namedtuple_instance(value):
+        return all(map(_is_fixed, value))
+    return isinstance(value, Tensor | bool | int | float | str | None | torch.dtype | torch.SymInt)
+
+
+def _key(kind: Hashable, spec: pytree.TreeSpec, leaves: Sequence[Any]) -> Hashable:
+    """Calls with equal keys compute the same function of their tensors."""
     parts: list[Hashable] = [kind, str(spec)]
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             parts.append((tuple(map(str, leaf.shape)), tuple(map(str, leaf.stride())), leaf.dtype, leaf.device))
-        elif isinstance(leaf, bool | int | float | str | None | torch.dtype | torch.SymInt):
-            parts.append((type(leaf), str(leaf)))
         else:
-            return None
+            parts.append((type(leaf), str(leaf)))
     return tuple(parts)
 
 

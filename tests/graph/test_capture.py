@@ -1,5 +1,7 @@
 """Capture: one graph of the whole model, equal blocks traced once, errors that say where."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -138,6 +140,86 @@ def test_blocks_with_keywords_and_several_results(stack, kinds):
     module, x = stack(*(Block() for _ in range(5))), torch.randn(3, 4)
     graph = capture(module, (x,))
     assert graph.traced == kinds
+    with torch.no_grad():
+        assert torch.equal(graph.run(weights_of(module), x), module(x))
+
+
+class Notes(nn.Module):
+    """Writes what it computed where its caller finds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, notes):
+        y = self.inner(x)
+        if isinstance(notes, Box):
+            notes.total = notes.total + y
+        elif isinstance(notes, dict):
+            notes["total"] = notes.get("total", 0) + y
+        elif isinstance(notes, tuple):
+            notes[0].append(y)
+        else:
+            notes.append(y)
+        return x + y
+
+
+class Box:
+    def __init__(self):
+        self.total = 0
+
+
+class Noted(Stack):
+    def __init__(self, make, keyword):
+        super().__init__(*(Notes() for _ in range(3)))
+        self.make, self.keyword = make, keyword
+
+    def forward(self, x):
+        notes = self.make()
+        for block in self.blocks:
+            x = block(x, notes=notes) if self.keyword else block(x, notes)
+        found = notes[0] if isinstance(notes, tuple) else notes
+        parts = [found.total] if isinstance(found, Box) else found.values() if isinstance(found, dict) else found
+        return x + sum(parts)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("make", [list, dict, Box, lambda: ([],)])
+def test_blocks_that_write_into_an_argument_are_traced_each(make, keyword):
+    torch.manual_seed(0)
+    module, x = Noted(make, keyword), torch.randn(3, 4)
+    graph = capture(module, (x,))
+    assert graph.traced == 0
+    with torch.no_grad():
+        assert torch.equal(graph.run(weights_of(module), x), module(x))
+
+
+class Both(NamedTuple):
+    x: torch.Tensor
+    times: tuple[int, torch.Tensor]
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, both):
+        return Both(self.inner(both.x) * both.times[0] + both.times[1], both.times[1:] + both.times[1:])
+
+
+class SeveralStack(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(Both(x, (2, x.sin()))).x
+        return x
+
+
+def test_blocks_that_take_tuples_are_traced_once():
+    torch.manual_seed(0)
+    module, x = SeveralStack(*(Several() for _ in range(3))), torch.randn(3, 4)
+    graph = capture(module, (x,))
+    assert graph.traced == 1
     with torch.no_grad():
         assert torch.equal(graph.run(weights_of(module), x), module(x))
 
