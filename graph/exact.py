@@ -61,8 +61,10 @@ def beside(edges: Sequence[int], rows: int) -> list[int]:
 
 
 def _widened(value: Any) -> Any:
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else torch.complex128 if value.is_complex else value
+    if isinstance(value, Tensor) and value.is_complex():
+        return value.to(torch.complex128)
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
