@@ -13,8 +13,6 @@ from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import op_of
 
 aten = torch.ops.aten
-
-
 LINEAR = ops.linear.default
 
 

@@ -23,8 +23,6 @@ def _heads_first(name: str) -> Call:
 
 
 TOKENS_FIRST = Call(aten.transpose.int, Call(aten.select.int, Hole("sdpa"), 0, 0), 0, 1)
-
-
 HEADS_FIRST = (
     Call(aten.transpose.int, Hole("x"), 1, 2),
     Call(aten.transpose.int, Hole("x"), 2, 1),
