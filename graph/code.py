@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,7 +79,9 @@ class Walk:
         self._names = {method, "forward"}
         self._classes: dict[type, bool] = {}  # whether the code may make objects of it
         self._called: dict[str, type] = {}
-        self._members: set[tuple[type, str]] = set()
+        self._globals: dict[str, dict[str, Any]] = {}
+        self._modules: dict[str, types.ModuleType] = {}
+        self._members: set[str] = set()
         self._functions: dict[int, types.FunctionType] = {}
         self._unread: list[types.FunctionType] = []
         for each in module.modules():
@@ -87,15 +89,17 @@ class Walk:
 
     def lines(self) -> list[str]:
         """One a constant or class member that is reached from the values written so far. Raises UnkeyedError."""
-        before = (-1, -1)
-        while before != (len(self._functions), len(self._members)):  # a name may be a method of a class met later
-            before = (len(self._functions), len(self._members))
+        before = (-1, -1, -1)
+        while before != (now := (len(self._functions), len(self._names), len(self._lines))):
+            before = now  # a name may be a method of a class met later
             for cls, made in list(self._classes.items()):
-                for name, value in list(vars(cls).items()):
+                home = f"{cls.__module__}.{cls.__qualname__}"
+                for name in list(vars(cls)):
                     special = name.startswith("__") and name not in _SILENT and (made or name not in _CONSTRUCTION)
-                    if (special or name in self._names) and (cls, name) not in self._members:
-                        self._members.add((cls, name))
-                        self._add(f"{cls.__module__}.{cls.__qualname__}.{name}", value)
+                    if special or name in self._names:
+                        self._add(home, name, vars(cls))
+            for module in list(self._modules.values()):
+                self._add_module(module, self._names, set())
             while self._unread:
                 self._read(self._unread.pop())
         return sorted(self._lines)
@@ -104,8 +108,27 @@ class Walk:
         """A value with all it consists of; functions and classes in it are queued to be read. Raises UnkeyedError."""
         return _Writer(self, where, {}).text(value)
 
-    def _add(self, where: str, value: Any) -> None:
-        self._lines.add(f"{where} = {self.text(value, where)}")
+    def _add(self, home: str, name: str, names: Mapping[str, Any]) -> None:
+        """What a name stands for at home: in a module or a class."""
+        where = f"{home}.{name}"
+        if where not in self._members:
+            self._members.add(where)
+            self._lines.add(f"{where} = {self.text(names[name], where)}")
+
+    def _add_module(self, module: types.ModuleType, used: set[str], seen: set[str]) -> None:
+        """What the used names stand for in a module, and in modules in it."""
+        if not _is_covered(module.__name__) and module.__name__ not in seen:
+            seen.add(module.__name__)
+            for name in used & vars(module).keys():
+                self._add_variable(module.__name__, name, vars(module), used, seen)
+
+    def _add_variable(self, home: str, name: str, names: dict[str, Any], used: set[str], seen: set[str]) -> None:
+        found = names[name]
+        if isinstance(found, types.ModuleType):
+            self._lines.add(f"{home}.{name} is {found.__name__}")
+            self._add_module(found, used, seen)
+        else:
+            self._add(home, name, names)
 
     def _add_class(self, cls: type, made: bool) -> None:
         meta: type = type(cls)
@@ -114,51 +137,41 @@ class Walk:
                 name = f"{base.__module__}.{base.__qualname__}"
                 if self._called.setdefault(name, base) is not base:
                     raise UnkeyedError(f"{name}: two classes of this name")
+                up = [f"{each.__module__}.{each.__qualname__}" for each in (*base.__mro__, type(base))]
+                self._lines.add(f"{name} is {up}")
                 self._classes[base] = self._classes.get(base, False) or made
 
     def _add_function(self, function: types.FunctionType) -> None:
-        if id(function) not in self._functions and not _is_covered(_home(function)):
+        home = _home(function)
+        if id(function) not in self._functions and not _is_covered(home):
+            if self._globals.setdefault(home, function.__globals__) is not function.__globals__:
+                raise UnkeyedError(f"{home}: two modules of this name")
             self._functions[id(function)] = function
             self._unread.append(function)
 
     def _read(self, function: types.FunctionType) -> None:
         codes = list(_codes(function.__code__))
-        used = {name for code in codes for name in code.co_names}
+        strings = {text for code in codes for text in code.co_consts if isinstance(text, str)}
+        used = {name for code in codes for name in code.co_names} | strings  # getattr may be given a string
         self._names |= used
         if used & _ENVIRONMENT:
-            self._add_environment(function, codes)
+            self._add_environment(function, strings)
+        home = _home(function)
         variables, imports = _global_names(codes)
         for name in variables & function.__globals__.keys():
-            found = function.__globals__[name]
-            if isinstance(found, types.ModuleType):
-                self._add_module(found, used, set())
-            else:
-                self._add(f"{_home(function)}.{name}", found)
-        parents = list(itertools.accumulate(_home(function).split("."), "{}.{}".format))
+            self._add_variable(home, name, function.__globals__, used, set())
+        parents = list(itertools.accumulate(home.split("."), "{}.{}".format))
         for name in imports:
             for path in (name, *(f"{parent}.{name}".rstrip(".") for parent in parents)):  # it may be a relative one
                 if path in sys.modules:
                     self._add_module(sys.modules[path], used, set())
 
-    def _add_environment(self, function: types.FunctionType, codes: list[types.CodeType]) -> None:
+    def _add_environment(self, function: types.FunctionType, strings: set[str]) -> None:
         """The variables that it names."""
-        texts = {text for code in codes for text in code.co_consts if isinstance(text, str)}
-        names = sorted(filter(_VARIABLE.fullmatch, texts))
+        names = set(filter(_VARIABLE.fullmatch, strings))
         if not names:
             raise UnkeyedError(f"{function.__module__}.{function.__qualname__}: it reads the environment")
         self._lines |= {f"variable {name} = {os.environ.get(name)!r}" for name in names}
-
-    def _add_module(self, module: types.ModuleType, used: set[str], seen: set[str]) -> None:
-        """What the used names stand for in a module, and in modules in it."""
-        if _is_covered(module.__name__) or module.__name__ in seen:
-            return
-        seen.add(module.__name__)
-        for name in used & vars(module).keys():
-            found = vars(module)[name]
-            if isinstance(found, types.ModuleType):
-                self._add_module(found, used, seen)
-            else:
-                self._add(f"{module.__name__}.{name}", found)
 
 
 class _Writer:
@@ -173,8 +186,10 @@ class _Writer:
     def text(self, value: Any) -> str:
         kind = type(value)
         if kind in _PLAIN:
+            if kind is str:
+                self._walk._names.add(value)  # getattr may be given it
             return f"{kind.__name__} {value!r}"
-        if isinstance(value, type):
+        if isinstance(value, type) and not isinstance(value, enum.EnumMeta):
             self._walk._add_class(value, made=True)
             return f"type {value.__module__}.{value.__qualname__}"
         if id(value) in self._seen:
@@ -189,9 +204,17 @@ class _Writer:
         return text
 
     def _content(self, value: Any) -> str:
+        if isinstance(value, types.ModuleType):
+            self._walk._modules[value.__name__] = value
+            return value.__name__
         named = _named(value)
         if named is not None:
             return named
+        if isinstance(value, enum.EnumMeta):  # its members may be met without their names
+            self._walk._add_class(value, made=True)
+            members: Mapping[str, Any] = value.__members__
+            values = self._items((name, member._value_) for name, member in members.items())
+            return f"{value.__module__}.{value.__qualname__} {values}"
         if isinstance(value, enum.Enum):
             return f"{value._name_} {self.text(value._value_)}"
         if isinstance(value, Tensor):
@@ -276,8 +299,6 @@ class _Writer:
 
 def _named(value: Any) -> str | None:
     """What is known by its name alone, and does nothing or is covered by a version."""
-    if isinstance(value, types.ModuleType):
-        return value.__name__
     if isinstance(value, logging.Logger | logging.Handler):
         return str(value.name)
     if isinstance(value, _LOCKS):
@@ -332,7 +353,7 @@ def _cell(cell: types.CellType) -> Any:
 
 def _home(function: types.FunctionType) -> str:
     """The module whose globals it uses; a decorator's `__module__` is that of what it wraps."""
-    return str(function.__globals__.get("__name__", ""))
+    return str(function.__globals__.get("__name__", "no module"))
 
 
 def _is_covered(module: str) -> bool:

@@ -39,7 +39,8 @@ def key_of(
             digest.update(b"\0")
 
     add(torch.__version__, platform.python_version(), platform.machine(), ISAS, _own_sources())
-    add(torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    add(torch.get_default_dtype(), torch.get_default_device())
+    add(torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
     add(method, *map(_pass_name, passes))
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     walk = Walk(module, method)
@@ -59,9 +60,11 @@ def _describe(path: str, module: nn.Module, names: dict[int, str], walk: Walk) -
     yield f"{type(module).__module__}.{type(module).__qualname__}"
     for name, value in attributes(module):
         yield f"{name} = {walk.text(value, f'{path}.{name}'.lstrip('.'))}"
-    for kind in (module._parameters, module._buffers):
+    for kind in (module._modules, module._parameters, module._buffers):
         for name, x in kind.items():
-            if x is not None:
+            if x is None:
+                yield f"{name}: None"
+            elif isinstance(x, Tensor):
                 first = names.setdefault(id(x), f"{path}.{name}")
                 yield f"{name}: {first} {tuple(x.shape)} {x.stride()} {x.dtype} {x.device} {type(x).__qualname__}"
 
