@@ -33,6 +33,7 @@ _PLAIN = {bool, int, float, complex, str, bytes, type(None), type(...), type(Not
 _PLAIN |= {torch.dtype, torch.device, torch.layout, torch.memory_format}
 # Versions stand for the first, and a digest of its files for the compiler itself.
 _COVERED = {"torch", "numpy", "sympy", "triton", "typing_extensions", *sys.stdlib_module_names}
+_COVERED -= {"types"}  # where classes made by dataclasses.make_dataclass say they are from
 # Special methods that a call does not go through.
 _SILENT = {
     "__doc__", "__module__", "__qualname__", "__annotations__", "__repr__", "__str__", "__dir__", "__hash__",
@@ -46,6 +47,7 @@ _OURS = ("horsepower.graph", "horsepower.kernels", "horsepower._native")
 
 _UNORDERED = "_use_default_values"  # diffusers keeps a set there as a list; it decides nothing
 _ENVIRONMENT = {"environ", "getenv"}
+_IMPORTING = {"import_module", "__import__", "modules"}
 _VARIABLE = re.compile("[A-Z][A-Z0-9_]*")
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _SLOTS = (
@@ -157,14 +159,18 @@ class Walk:
         if used & _ENVIRONMENT:
             self._add_environment(function, strings)
         home = _home(function)
-        variables, imports = _global_names(codes)
+        variables, imports = (set().union(*names) for names in zip(*map(_variables_imports, codes), strict=True))
+        if used & _IMPORTING:
+            imports |= strings
+        if "globals" in variables and home in sys.modules:
+            self._modules[home] = sys.modules[home]
         for name in variables & function.__globals__.keys():
             self._add_variable(home, name, function.__globals__, used, set())
         parents = list(itertools.accumulate(home.split("."), "{}.{}".format))
         for name in imports:
             for path in (name, *(f"{parent}.{name}".rstrip(".") for parent in parents)):  # it may be a relative one
-                if path in sys.modules:
-                    self._add_module(sys.modules[path], used, set())
+                if isinstance(found := sys.modules.get(path), types.ModuleType):
+                    self._add_module(found, used, set())
 
     def _add_environment(self, function: types.FunctionType, strings: set[str]) -> None:
         """The variables that it names."""
@@ -337,11 +343,12 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(const)
 
 
-def _global_names(codes: list[types.CodeType]) -> tuple[set[str], set[str]]:
-    """Global variables that are read, and modules that are imported. An attribute of such a name is neither."""
-    steps = [step for code in codes for step in dis.get_instructions(code)]
-    variables = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return variables, {step.argval for step in steps if step.opname == "IMPORT_NAME"}
+@functools.lru_cache(2**14)
+def _variables_imports(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of globals and of imported modules; an attribute may have the name of a global, and means nothing then."""
+    steps = list(dis.get_instructions(code))
+    variables = frozenset(step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return variables, frozenset(step.argval for step in steps if step.opname == "IMPORT_NAME")
 
 
 def _cell(cell: types.CellType) -> Any:

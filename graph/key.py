@@ -67,6 +67,8 @@ def _describe(path: str, module: nn.Module, names: dict[int, str], walk: Walk) -
             elif isinstance(x, Tensor):
                 first = names.setdefault(id(x), f"{path}.{name}")
                 yield f"{name}: {first} {tuple(x.shape)} {x.stride()} {x.dtype} {x.device} {type(x).__qualname__}"
+                yield f"{x.requires_grad} {walk.text(vars(x), f'{path}.{name}'.lstrip('.'))}"
+    yield f"not saved: {sorted(module._non_persistent_buffers_set)}"
 
 
 def _leaf(leaf: Any, walk: Walk) -> str:

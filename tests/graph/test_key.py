@@ -319,7 +319,48 @@ def with_handled_errors(i):
     return (Wide, Narrow)[i]()
 
 
+def with_a_parameter(**values):
+    module = Identity()
+    module.weight = nn.Parameter(torch.ones(3))
+    for name, value in values.items():
+        setattr(module.weight, name, value)
+    return module
+
+
+def with_a_buffer(i):
+    module = Identity()
+    module.register_buffer("table", X, persistent=bool(i))
+    return module
+
+
+def with_a_made_class(i):
+    return with_member(dataclasses.make_dataclass("Made", ["x"], namespace={"__call__": scaled(i)})(1))
+
+
+def with_globals(i):
+    code = "def f(x):\n    return x * globals()['held']"
+    sys.modules["made_for_test"] = home = types.ModuleType("made_for_test")
+    home.held = i
+    exec(code, vars(home))
+    return with_member(home.f)
+
+
+def with_a_late_import(i, code="from made_for_test import held"):
+    sys.modules["made_for_test"] = home = types.ModuleType("made_for_test")
+    home.held = i
+    space = {"__name__": "another", "sys": sys}
+    exec(f"def f(x):\n    {code}\n    return x * held", space)
+    return with_member(space["f"])
+
+
 MODULES = {
+    "gradient": lambda i: with_a_parameter(requires_grad=bool(i)),
+    "attribute of a parameter": lambda i: with_a_parameter(scale=i),
+    "buffer that is saved": with_a_buffer,
+    "made class": with_a_made_class,
+    "global by name": with_globals,
+    "late import": with_a_late_import,
+    "table of modules": functools.partial(with_a_late_import, code="held = sys.modules['made_for_test'].held"),
     "forward of a module": with_own_forward,
     "forward of a submodule": functools.partial(with_own_forward, submodule=True),
     "static method": lambda i: with_member(staticmethod((torch.sin, torch.cos)[i])),
@@ -337,7 +378,8 @@ MODULES = {
 
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
-def test_another_module_is_another_key(make):
+def test_another_module_is_another_key(monkeypatch, make):
+    monkeypatch.setitem(sys.modules, "made_for_test", None)  # what a maker leaves there goes
     assert key(make(0)) == key(make(0)) != key(make(1))
 
 
