@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from horsepower.graph.graph import args_of, value_of
+from horsepower.graph.graph import args_of, mutates, on_fakes, value_of
 
 aten = torch.ops.aten
 Steps = list[tuple[Any, tuple[Any, ...]]]  # operators and their arguments after the first
@@ -82,7 +82,7 @@ def functionalise(nodes: fx.Graph, is_boundary: Callable[[fx.Node], bool]) -> No
     is_boundary: calls whose results share memory in ways that the trace does not see.
     Raises InPlaceError for a change of an input, a parameter or what is not understood, BoundaryError at a boundary.
     """
-    if any(map(_mutates, nodes.nodes)):
+    if any(map(mutates, nodes.nodes)):
         _Rewriter(nodes, is_boundary).run()
 
 
@@ -115,7 +115,7 @@ class _Rewriter:
             if node.target is aten.lift_fresh_copy.default:  # a copy, though the trace says otherwise
                 family.clear()
             family.append(node)
-            if _mutates(node):
+            if mutates(node):
                 self._rewrite(node, family)
                 node.replace_all_uses_with(self.now[node])
                 self.nodes.erase_node(node)
@@ -132,7 +132,7 @@ class _Rewriter:
             self.now[root] = value
             for each in family[1:]:
                 source = self.now[self.source[each]]
-                self.now[each] = source if _mutates(each) else self._again(each, source)
+                self.now[each] = source if mutates(each) else self._again(each, source)
         for each in family:
             then[each].replace_all_uses_with(
                 self.now[each], delete_user_cb=lambda user: self.index.get(user, -1) > self.index[node]
@@ -149,7 +149,7 @@ class _Rewriter:
             if self.is_boundary(each) or any(map(self.is_boundary, (*each.users, *each.all_input_nodes))):
                 raise BoundaryError(str(InPlaceError(node, "it is seen on both sides of a block")))
             view = each
-            while view is not root and view in family and (_mutates(view) or self._is_view(view)):
+            while view is not root and view in family and (mutates(view) or self._is_view(view)):
                 view = self.source[view]
             if view is not root:
                 raise InPlaceError(node, f"{each.target} shares its memory")
@@ -157,7 +157,7 @@ class _Rewriter:
         while view is not root:
             if view.target is aten.expand.default:
                 raise InPlaceError(node, "it is an expanded view")
-            if view.kwargs and INVERSES.get(view.target) is not _same and not _mutates(view):
+            if view.kwargs and INVERSES.get(view.target) is not _same and not mutates(view):
                 raise InPlaceError(node, f"it is a view by {view.target} with {', '.join(view.kwargs)}")
             path.append(view)
             view = self.source[view]
@@ -181,7 +181,7 @@ class _Rewriter:
     def _into_source(self, node: fx.Node, view: fx.Node, value: fx.Node) -> fx.Node:
         """The new value of what `view` was taken from."""
         source = self.source[view]
-        if _mutates(view) or view.target in SPLITS:
+        if mutates(view) or view.target in SPLITS:
             return value
         if source.target in SPLITS:
             return self._into_split(node, view, value)
@@ -209,7 +209,7 @@ class _Rewriter:
 
     def _call(self, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: Any = None) -> fx.Node:
         node: fx.Node = self.nodes.call_function(target, args, dict(kwargs or {}))
-        node.meta = {**like.meta, "val": target(*value_of(args), **value_of(dict(kwargs or {})))}
+        node.meta = {**like.meta, "val": on_fakes(target, *value_of(args), **value_of(dict(kwargs or {})))}
         return node
 
 
@@ -223,10 +223,6 @@ def line_of(node: fx.Node) -> str:
 def is_idle_dropout(node: fx.Node) -> bool:
     """Whether a node is a dropout that drops nothing."""
     return node.target is aten.dropout.default and (args_of(node)[2] is False or args_of(node)[1] == 0)
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _understood(node: fx.Node) -> bool:

@@ -108,6 +108,11 @@ def on_fakes(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
 
+def mutates(node: fx.Node) -> bool:
+    """Whether an operator changes what it is given."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _is_random(node: fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and (

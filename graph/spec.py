@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from horsepower.graph.graph import Graph
+from horsepower.graph.graph import Graph, mutates
 
 MODULES = ("_operator", "math", "torch")  # where the arithmetic of symbolic sizes lives
 
@@ -23,7 +23,7 @@ def check(graph: Graph, stage: str) -> None:
             ("inputs come before it", not seen.issuperset(node.all_input_nodes)),
             ("it has a value and a module", node.op != "output" and not {"val", "module"} <= node.meta.keys()),
             ("it calls an operator", node.op == "call_function" and not _is_operator(node)),
-            ("it changes none of its inputs", _mutates(node)),
+            ("it changes none of its inputs", mutates(node)),
         ):
             if broken:
                 raise SpecError(f"after {stage}, {node.name} in {node.meta.get('module')!r}: not so that {rule}")
@@ -35,7 +35,3 @@ def check(graph: Graph, stage: str) -> None:
 
 def _is_operator(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) or getattr(node.target, "__module__", "") in MODULES
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
