@@ -55,18 +55,19 @@ def evaluate(size: Size, sizes: Sizes) -> int:
     """Raises ValueError naming the symbols that are missing."""
     if isinstance(size, int):
         return size
-    value = size.subs({each: sizes[each.name] for each in size.free_symbols if each.name in sizes})
-    if not value.is_Integer:
-        raise ValueError(f"sizes: got no {', '.join(sorted(map(str, value.free_symbols)))}")
-    return int(value)
+    return int(_substituted(size, sizes))
 
 
 def holds(condition: Size, sizes: Sizes) -> bool:
     """Whether a comparison of sizes is true. Raises ValueError naming the sizes that are missing."""
-    value = condition.subs({each: sizes[each.name] for each in condition.free_symbols if each.name in sizes})
-    if value not in (sympy.true, sympy.false):
+    return bool(_substituted(condition, sizes))
+
+
+def _substituted(expression: Size, sizes: Sizes) -> Any:
+    value = expression.subs({each: sizes[each.name] for each in expression.free_symbols if each.name in sizes})
+    if value.free_symbols:
         raise ValueError(f"sizes: got no {', '.join(sorted(map(str, value.free_symbols)))}")
-    return bool(value)
+    return value
 
 
 def renamed(size: Size, symbols: Mapping[Size, Size]) -> Size:
