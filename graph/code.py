@@ -44,7 +44,6 @@ _SILENT = {
 _CONSTRUCTION = {"__init__", "__new__", "__post_init__", "__setattr__"}
 _OURS = ("horsepower.graph", "horsepower.kernels", "horsepower._native")
 
-
 _UNORDERED = "_use_default_values"  # diffusers keeps a set there as a list; it decides nothing
 _ENVIRONMENT = {"environ", "getenv"}
 _IMPORTING = {"import_module", "__import__", "modules"}

@@ -16,7 +16,7 @@ _COPIES = ("aten.to.dtype", "aten._to_copy.default", "aten.clone.default", "aten
 
 
 def name_of(target: Any) -> str:
-    """An operator's name: aten.linear.default, operator.getitem."""
+    """An operator's name: aten.linear.default, _operator.getitem."""
     return str(target) if isinstance(target, torch._ops.OpOverload) else f"{target.__module__}.{target.__name__}"
 
 

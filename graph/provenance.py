@@ -193,27 +193,10 @@ def title(node: fx.Node) -> str:
     return ".".join(str(node.target).removeprefix("horsepower.").split(".")[: 2 if "aten" in str(node.target) else 1])
 
 
-VIEWS = frozenset(
-    [
-        "alias",
-        "chunk",
-        "detach",
-        "expand",
-        "narrow",
-        "permute",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    ]
-)
+VIEWS = {
+    "alias", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split", "split_with_sizes",
+    "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+}  # fmt: skip
 
 
 def is_view(node: fx.Node) -> bool:
