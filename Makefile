@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CLIP ?= $(CURDIR)/clip.mp4
-TOKENS := 1456,51,60  # of that clip: video, audio, text
+# Of that clip: video, audio, text.
+TOKENS := 1456,51,60
 PROMPT ?= A horse galloping through a cherry blossom forest at sunset
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -16,9 +17,10 @@ unexport PYTHONPATH
 
 .PHONY: demo test install lint types suite slow golden bench clean
 
+# The second command says what the compiler gains in each step of the clip.
 demo: install
 	$(BIN)/horsepower generate "$(PROMPT)" --duration 2 --output $(CLIP)
-	$(BIN)/horsepower bench --quick --tokens $(TOKENS) --frames 13  # what the compiler gained in each of its steps
+	$(BIN)/horsepower bench --quick --tokens $(TOKENS) --frames 13
 
 test: lint types suite
 
