@@ -14,6 +14,7 @@ from horsepower.kernels.modality import by_modality, check_experts, first_rows
 from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.sizes import differ
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor x, Tensor? gain, int experts, SymInt[] counts, float eps, ScalarType dtype) -> Tensor"
 
@@ -89,5 +90,12 @@ def cost(x: Tensor, gain: Tensor | None, experts: int, counts: Sequence[int], ep
 
 
 RMS_NORM = register(
-    Op("rms_norm", SCHEMA, outputs, reference, cost, kernels=(Kernel("native", native_supports, native),))
+    Op(
+        "rms_norm",
+        SCHEMA,
+        outputs,
+        reference,
+        cost,
+        kernels=(Kernel("native", native_supports, native), triton_kernel("rms_norm")),
+    )
 )

@@ -1,0 +1,116 @@
+"""How a Triton kernel is configured and launched: on a GPU, in Triton's interpreter, or for its machine code alone."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+ARCHS = ("sm_80", "sm_90")
+SMS = {"sm_80": 108, "sm_90": 132}  # of an A100 and an H100 (SXM)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut: its compile-time constants, warps of a program, stages of its pipeline."""
+
+    warps: int
+    stages: int = 1
+    constants: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        cut = " ".join(f"{name}={value}" for name, value in self.constants.items())
+        return f"{cut} warps={self.warps} stages={self.stages}".strip()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is compiled for: the architecture whose configurations it takes, and its multiprocessors."""
+
+    arch: str
+    sms: int
+
+
+@dataclass
+class _DryRun:
+    """Where compiled kernels go instead of a GPU."""
+
+    target: Target
+    config: Config | None = None
+    compiled: list[Any] = field(default_factory=list)
+
+
+_DRY: _DryRun | None = None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def target_of(x: Tensor) -> Target:
+    """The target of tensors that lie where x lies."""
+    if _DRY is not None:
+        return _DRY.target
+    return Target("sm_90", 3) if interpreted() else _device_target(x.device.index or 0)
+
+
+@cache
+def _device_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target("sm_90" if properties.major >= 9 else "sm_80", properties.multi_processor_count)
+
+
+def config_for(configs: Mapping[str, Sequence[Config]], x: Tensor) -> Config:
+    """The default configuration where x lies; in a dry run, the one that is tried."""
+    if _DRY is not None and _DRY.config is not None:
+        return _DRY.config
+    return configs[target_of(x).arch][0]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
+    """Start `kernel` over `grid`; nothing is started for an empty one."""
+    if not all(grid):
+        return
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    given = {**config.constants, **constants, **options}
+    if _DRY is not None:
+        _DRY.compiled.append(kernel.warmup(*args, grid=grid, **given))
+    else:
+        kernel[grid](*args, **given)
+
+
+def compiled(arch: str, config: Config, run: Callable[[], None]) -> list[Any]:
+    """The kernels that `run` would start on a GPU of this architecture, compiled and not started.
+
+    `run` works on meta tensors. Triton's driver is replaced for good: call it in a process of its own.
+    """
+    global _DRY
+    _DRY = _DryRun(Target(arch, SMS[arch]), config)
+    triton.runtime.driver.set_active(_NoDevice(int(arch.removeprefix("sm_"))))
+    try:
+        run()
+        return _DRY.compiled
+    finally:
+        _DRY = None
+
+
+class _NoDevice:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        self._target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return self._target.arch  # type: ignore[no-any-return]  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target

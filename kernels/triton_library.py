@@ -1,0 +1,25 @@
+"""The Triton kernels, imported when tensors on a GPU first ask for one."""
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from horsepower.kernels.registry import Kernel
+
+
+def triton_kernel(name: str) -> Kernel:
+    """The kernel of `kernels/gpu/<name>.py`."""
+
+    def module() -> Any:
+        return import_module(f"horsepower.kernels.gpu.{name}")
+
+    def supports(*inputs: Any) -> str | None:
+        if not all(x.is_cuda for x in inputs if isinstance(x, Tensor)):
+            return "not on a GPU"
+        return module().supports(*inputs)  # type: ignore[no-any-return]
+
+    def run(outputs: tuple[Tensor, ...], workspace: Tensor | None, *inputs: Any) -> None:
+        module().run(outputs, workspace, *inputs)
+
+    return Kernel("triton", supports, run)

@@ -1,0 +1,31 @@
+"""Where Triton's kernels are tested, and how: on a GPU, or else in the interpreter."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exactness import check_exactness
+from horsepower.kernels.registry import Op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check(op: Op, twin: ModuleType, *inputs: Any) -> tuple[Tensor, ...]:
+    """The twin writes every result, none further from float64 than the reference; outputs are poisoned first."""
+    assert twin.supports(*inputs) is None
+    outputs = op.outputs(*inputs)
+    for output in outputs:
+        output.fill_(torch.nan)
+    twin.run(outputs, None, *inputs)
+    wide = [_wide(value) for value in inputs]
+    for got, eager, exact in zip(outputs, op.reference(*inputs), op.reference(*wide), strict=True):
+        check_exactness(got, eager, exact)
+    return outputs
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return torch.float64 if isinstance(value, torch.dtype) else value
