@@ -41,7 +41,6 @@ class _DryRun:
     """Where compiled kernels go instead of a GPU."""
 
     target: Target
-    config: Config | None = None
     compiled: list[Any] = field(default_factory=list)
 
 
@@ -66,10 +65,8 @@ def _device_target(index: int) -> Target:
     return Target("sm_90" if properties.major >= 9 else "sm_80", properties.multi_processor_count)
 
 
-def config_for(configs: Mapping[str, Sequence[Config]], x: Tensor) -> Config:
-    """The default configuration where x lies; in a dry run, the one that is tried."""
-    if _DRY is not None and _DRY.config is not None:
-        return _DRY.config
+def default(configs: Mapping[str, Sequence[Config]], x: Tensor) -> Config:
+    """The default configuration where x lies."""
     return configs[target_of(x).arch][0]
 
 
@@ -85,13 +82,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **con
         kernel[grid](*args, **given)
 
 
-def compiled(arch: str, config: Config, run: Callable[[], None]) -> list[Any]:
+def compiled(arch: str, run: Callable[[], None]) -> list[Any]:
     """The kernels that `run` would start on a GPU of this architecture, compiled and not started.
 
     `run` works on meta tensors. Triton's driver is replaced for good: call it in a process of its own.
     """
     global _DRY
-    _DRY = _DryRun(Target(arch, SMS[arch]), config)
+    _DRY = _DryRun(Target(arch, SMS[arch]))
     triton.runtime.driver.set_active(_NoDevice(int(arch.removeprefix("sm_"))))
     try:
         run()

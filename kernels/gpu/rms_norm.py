@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from horsepower.kernels.gpu.launch import Config, config_for, launch
+from horsepower.kernels.gpu.launch import Config, default, launch
 from horsepower.kernels.modality import first_rows
 from horsepower.kernels.native_library import pitch
 
@@ -46,7 +46,7 @@ def supports(
 
 def run(
     out: tuple[Tensor, ...], _workspace: None, x: Tensor, gain: Tensor | None, experts: int, counts: Sequence[int],
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, config: Config | None = None,
 ) -> None:  # fmt: skip
     """A row a program; sums in float32."""
     C = x.shape[-1]
@@ -66,7 +66,7 @@ def run(
         GAIN=gain is not None,
         EXPERTS=experts,
         BLOCK=triton.next_power_of_2(C),
-        config=config_for(CONFIGS, x),
+        config=config or default(CONFIGS, x),
     )
 
 

@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 
 from exactness import check_exactness
+from horsepower.kernels.gpu.launch import Config
 from horsepower.kernels.registry import Op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check(op: Op, twin: ModuleType, *inputs: Any) -> tuple[Tensor, ...]:
-    """The twin writes every result, none further from float64 than the reference; outputs are poisoned first."""
+def check(op: Op, twin: ModuleType, *inputs: Any, config: Config | None = None) -> tuple[Tensor, ...]:
+    """The twin writes every result, none further from float64 than the reference; outputs are poisoned first.
+
+    `config`: another than the default one.
+    """
     assert twin.supports(*inputs) is None
     outputs = op.outputs(*inputs)
     for output in outputs:
         output.fill_(torch.nan)
-    twin.run(outputs, None, *inputs)
+    twin.run(outputs, None, *inputs, config=config)
     wide = [_wide(value) for value in inputs]
     for got, eager, exact in zip(outputs, op.reference(*inputs), op.reference(*wide), strict=True):
         check_exactness(got, eager, exact)
