@@ -105,15 +105,6 @@ def widened(graph: Graph, weight: Any) -> Any:
         return graph.call(torch.ops.aten.to.dtype, weight, torch.float32, like=weight)
 
 
-FEW = 2**17  # elements: the least at which a call of ours was measured to beat one of torch's in all dtypes
-
-
-def few(node: fx.Node) -> bool:
-    """Whether a value is known to have so few elements that one call of ours gains nothing on one of torch's."""
-    numel = node.meta["val"].numel()
-    return type(numel) is int and numel < FEW
-
-
 def computed_by(values: Any, place: fx.Node) -> bool:
     """Whether all nodes among some arguments stand before a place in the graph."""
     return all(value < place for value in pytree.tree_leaves(values) if isinstance(value, fx.Node))

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import Call, Hole, after_cast, before_widening, few
+from horsepower.graph.pattern import Call, Hole, after_cast, before_widening
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -58,10 +58,6 @@ def raise_activation(graph: Graph) -> None:
             (given,), last = node.args, after_cast(node)
             if node.meta["val"].ndim == 0:
                 graph.refuse("raise_activation", node, "it is a single number")
-                continue
-            alone = last is node and before_widening(given) is given
-            if alone and (few(node) or name == "gelu"):  # its erf costs as much here as there
-                graph.refuse("raise_activation", node, "torch's own is as fast")
                 continue
             with graph.nodes.inserting_before(last):
                 new = graph.call(ACTIVATION, before_widening(given), name, dtype_of(last), like=node)

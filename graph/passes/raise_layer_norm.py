@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import after_cast, before_widening, few, widened
+from horsepower.graph.pattern import after_cast, before_widening, widened
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -26,9 +26,8 @@ def raise_layer_norm(graph: Graph) -> None:
             graph.refuse("raise_layer_norm", node, "it has a bias and no weight")
             continue
         x, last = before_widening(given), after_cast(node)
-        alone = x is given and last is node
-        if alone and (few(node) or dtype_of(node) == torch.bfloat16):
-            graph.refuse("raise_layer_norm", node, "torch's own is as fast for so few elements, or for bfloat16")
+        if x is given and last is node and dtype_of(node) == torch.bfloat16:
+            graph.refuse("raise_layer_norm", node, "torch's own is as fast for bfloat16")
             continue
         own = [widened(graph, each) for each in (weight, bias)]
         with graph.nodes.inserting_before(last):

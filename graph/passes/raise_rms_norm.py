@@ -9,7 +9,7 @@ from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
 from horsepower.graph.modality import match_experts
-from horsepower.graph.pattern import Call, Found, Hole, after_cast, before_widening, few, not_wider, one_row, widened
+from horsepower.graph.pattern import Call, Found, Hole, after_cast, before_widening, not_wider, one_row, widened
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -62,9 +62,6 @@ def _raise_written_out(graph: Graph, node: fx.Node, found: Found) -> None:
 def _raise(graph: Graph, node: fx.Node, x, gain, experts: int, counts, call: fx.Node) -> None:  # type: ignore[no-untyped-def]
     if len(call.args[1]) != 1:  # type: ignore[arg-type]
         graph.refuse("raise_rms_norm", node, "it norms more than the last dimension")
-        return
-    if node.meta["val"].ndim > 2 and few(node) and before_widening(x) is x and after_cast(node) is node:
-        graph.refuse("raise_rms_norm", node, "torch's own is as fast for so few elements, and a batch is not fused")
         return
     x, last = before_widening(x), after_cast(node)
     if torch.promote_types(dtype_of(x), torch.float32) not in (dtype_of(node), torch.float32):

@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, dtype_of
-from horsepower.graph.pattern import Call, Hole, after_cast, before_widening, few
+from horsepower.graph.pattern import Call, Hole, after_cast, before_widening
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -28,9 +28,6 @@ def raise_silu_mul(graph: Graph) -> None:
             graph.refuse("raise_silu_mul", node, "the sides differ in dtype")
             continue
         last = after_cast(node)
-        if few(node) and last is node and up is found["up"]:
-            graph.refuse("raise_silu_mul", node, "torch's own is as fast for so few elements")
-            continue
         with graph.nodes.inserting_before(last):
             new = graph.call(SILU_MUL, gate, up, dtype_of(last), like=node)
         graph.replace(last, new)

@@ -11,10 +11,10 @@ from recordings import relative_error
 TAKEN = {
     "llama": {"raise_mask": 2, "raise_rms_norm": 5, "raise_silu_mul": 2, "raise_linear": 14},
     "llama_block": {"raise_rms_norm": 2, "raise_silu_mul": 1, "raise_linear": 7},
-    "wan": {"raise_rms_norm": 6, "raise_layer_norm": 7, "raise_attention": 4, "raise_activation": 2},
-    "ltx": {"raise_rms_norm": 10, "raise_layer_norm": 1, "raise_attention": 2, "raise_activation": 2},
-    "ltx2": {"raise_rms_norm": 22, "raise_layer_norm": 1, "raise_attention": 8},
-    "vit": {"raise_mask": 2, "raise_layer_norm": 5, "raise_attention": 2},
+    "wan": {"raise_rms_norm": 8, "raise_layer_norm": 7, "raise_attention": 4, "raise_activation": 5},
+    "ltx": {"raise_rms_norm": 12, "raise_layer_norm": 1, "raise_attention": 2, "raise_activation": 5},
+    "ltx2": {"raise_rms_norm": 40, "raise_layer_norm": 2, "raise_attention": 8},
+    "vit": {"raise_mask": 2, "raise_layer_norm": 5, "raise_attention": 2, "raise_activation": 2},
     "encoder_layer": {"raise_layer_norm": 2, "raise_attention": 1},
 }
 
