@@ -40,7 +40,8 @@ def signature(module: nn.Module) -> Hashable | None:
         children.append((name, own))
     tensors = (*module._parameters.items(), *module._buffers.items())
     shapes = [(name, None if x is None else (x.shape, x.stride(), x.dtype, x.device)) for name, x in tensors]
-    return type(module), tuple(children), tuple(shapes), attribute_texts(module)
+    texts = tuple((name, text(value)) for name, value in attributes(module))
+    return type(module), tuple(children), tuple(shapes), texts
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -49,18 +50,14 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, value) for name, value in sorted(vars(module).items()) if name not in internal or name == "training")
 
 
-def attribute_texts(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    """The same as text that can be compared; objects are told apart by their identity."""
-    return tuple((name, _text(value)) for name, value in attributes(module))
-
-
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A value of an attribute as text that can be compared; objects are told apart by their identity."""
     if isinstance(value, _PLAIN):
         return f"{type(value).__name__} {value!r}"
     if isinstance(value, tuple | list):
-        return f"{type(value).__name__} [{', '.join(map(_text, value))}]"
+        return f"{type(value).__name__} [{', '.join(map(text, value))}]"
     if isinstance(value, dict):
-        return f"dict [{', '.join(f'{_text(k)}: {_text(v)}' for k, v in value.items())}]"
+        return f"dict [{', '.join(f'{text(k)}: {text(v)}' for k, v in value.items())}]"
     return f"{type(value).__qualname__} at {id(value)}"
 
 

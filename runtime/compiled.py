@@ -63,9 +63,9 @@ class Snapshot:
             (path, vars(each), len(vars(each)), [(n, x) for n, x in repeats.attributes(each) if not _is_tensor(x)])
             for path, each in modules
         ]
-        values = [(each, [x for _, x in its]) for (_, each), (*_, its) in zip(modules, self._attributes, strict=True)]
-        self._texts = [(each, repeats.attribute_texts(each)) for each, its in values if any(map(_is_mutable, its))]
-        objects = {id(x): x for _, its in values for x in its if _is_object(x)}
+        values = [value for *_, then in self._attributes for _, value in then]
+        self._texts = [(value, repeats.text(value)) for value in values if _is_mutable(value)]
+        objects = {id(value): value for value in values if _is_object(value)}
         self._objects = [(vars(x), dict(vars(x))) for x in objects.values()]
 
     def check(self) -> None:
@@ -86,9 +86,8 @@ class Snapshot:
             raise RuntimeError("module: a submodule changed after compiling, allowed: compile it again")
         if any(now != then for now, then in self._hooks):
             raise RuntimeError("module: a hook changed after compiling, allowed: compile it again")
-        if any(now != then for now, then in self._objects) or any(
-            repeats.attribute_texts(each) != then for each, then in self._texts
-        ):
+        texts = ((repeats.text(value), then) for value, then in self._texts)
+        if any(now != then for now, then in (*self._objects, *texts)):
             raise RuntimeError("module: an attribute changed after compiling, allowed: compile it again")
 
 
