@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from horsepower.graph.explain import block_of
 from horsepower.graph.graph import Graph
-from horsepower.graph.provenance import Region, is_size, is_view, title
+from horsepower.graph.provenance import Region, is_size, moves_nothing, title
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def groups_of(regions: list[Region]) -> tuple[dict[fx.Node, int], dict[fx.Node, 
 
 
 def _computes(node: fx.Node) -> bool:
-    return node.op == "call_function" and not is_view(node)
+    return node.op == "call_function" and not moves_nothing(node)
 
 
 def _source(node: fx.Node) -> fx.Node:
     """What a view, an item or a chain of them looks at."""
-    while node.op == "call_function" and is_view(node) and not is_size(node):
+    while node.op == "call_function" and moves_nothing(node) and not is_size(node):
         node = next(x for x in node.all_input_nodes if not is_size(x))
     return node
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from horsepower.graph.graph import Graph, Site
-from horsepower.graph.provenance import Name, is_size, is_view, layout, regions, title
+from horsepower.graph.provenance import Name, is_size, layout, moves_nothing, regions, title
 from horsepower.kernels.registry import OPS, Cost, op_of
 
 aten = torch.ops.aten
@@ -174,7 +174,7 @@ class _Measured:
                 operands = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), operands)
                 env[node] = node.target(*args, **kwargs)
-                if not is_view(node):
+                if not moves_nothing(node):
                     cost = _cost(node.target, args, kwargs, env[node])
                     made.work[node] = Work(1, cost.flops, cost.bytes)
                 made.peak = max(made.peak, alive.after(node, env))

@@ -149,7 +149,7 @@ class _Rewriter:
             if self.is_boundary(each) or any(map(self.is_boundary, (*each.users, *each.all_input_nodes))):
                 raise BoundaryError(str(InPlaceError(node, "it is seen on both sides of a block")))
             view = each
-            while view is not root and view in family and (mutates(view) or self._is_view(view)):
+            while view is not root and view in family and (mutates(view) or self._is_known_view(view)):
                 view = self.source[view]
             if view is not root:
                 raise InPlaceError(node, f"{each.target} shares its memory")
@@ -163,7 +163,7 @@ class _Rewriter:
             view = self.source[view]
         return path
 
-    def _is_view(self, node: fx.Node) -> bool:
+    def _is_known_view(self, node: fx.Node) -> bool:
         known = (aten.expand.default, *INVERSES, *SCATTERS, *SPLITS)
         return node.target in known or (node.target is operator.getitem and self.source[node].target in SPLITS)
 

@@ -1,6 +1,7 @@
 """The compiler's graph: one model as a flat list of operator calls that can be executed at every stage."""
 
 import contextlib
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +107,24 @@ def on_fakes(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if mode.shape_env is not None:
                 stack.enter_context(mode.shape_env.error_on_new_guards())
         return target(*args, **kwargs)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a call moves no data: its result shares its memory with an argument.
+
+    The schema says it, but of an operator that is made of others, which does whatever these do.
+    """
+    target = node.target
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"):
+        return any(result.alias_info is not None for result in target._schema.returns)
+    args, kwargs = value_of(node.args), value_of(node.kwargs)
+    given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+    made = [x for x in pytree.tree_leaves(on_fakes(target, *args, **kwargs)) if isinstance(x, Tensor)]
+    return any(x.untyped_storage()._cdata in given for x in made)
 
 
 def mutates(node: fx.Node) -> bool:

@@ -3,23 +3,20 @@
 Calls stand for operators by name and for values by name, so that a plan can be read, compared and stored.
 """
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from horsepower.graph.call import Call, Ref, Result, Weight, refs_in
 from horsepower.graph.contract import Contract, TensorRule, contract_of, symbols_of
-from horsepower.graph.graph import Graph, Site, on_fakes, value_of
+from horsepower.graph.graph import Graph, Site, is_view
 from horsepower.graph.memory import Layout, lay_out
 from horsepower.graph.operators import name_of
 from horsepower.graph.sizes import Size, TensorSpec
-from horsepower.kernels.registry import op_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def plan_of(graph: Graph) -> Plan:
     def call(node: fx.Node) -> Call:
         frees = () if node in fixed else tuple(v.name for v in (*node.all_input_nodes, node) if _ends(v, node))
         args, kwargs = fx.map_arg((node.args, node.kwargs), Ref.to)
-        spec, views = _result(node, symbols), _is_view(node)
+        spec, views = _result(node, symbols), is_view(node)
         target = name_of(node.target)
         return Call(node.name, target, args, tuple(kwargs.items()), spec, views, frees, node.meta["module"])
 
@@ -121,17 +118,3 @@ def _result(node: fx.Node, symbols: Mapping[Size, Size]) -> Result:
     if isinstance(value, list | tuple) and all(isinstance(part, Tensor) for part in value):
         return tuple(TensorSpec.of(part, symbols) for part in value)
     return None
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether the result shares its memory with an argument: the schema alone does not say it of every operator."""
-    if node.target is operator.getitem:
-        return True
-    if op_of(str(node.target)) or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    args, kwargs = value_of(node.args), value_of(node.kwargs)
-    given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-    if not given:
-        return False
-    made = [x for x in pytree.tree_leaves(on_fakes(node.target, *args, **kwargs)) if isinstance(x, Tensor)]
-    return any(x.untyped_storage()._cdata in given for x in made)

@@ -5,7 +5,6 @@ keeps its own. Between aligned values lie the regions: calls that were rewritten
 replace. A name is no proof: a region counts as unchanged only if operator and arguments are.
 """
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from horsepower.graph import passes
-from horsepower.graph.graph import Graph
+from horsepower.graph.graph import Graph, is_view
 from horsepower.graph.spec import SpecError
 
 Name = str  # of a node of the captured graph
@@ -34,7 +33,7 @@ class Region:
     @property
     def module(self) -> str:
         """The path of the module that its last kernel is attributed to."""
-        kernels = [node for node in self.fused if not is_view(node)]
+        kernels = [node for node in self.fused if not moves_nothing(node)]
         return str((kernels or self.fused)[-1].meta["module"])
 
     def rewrite(self, changed: Mapping[Name, Sequence[str]]) -> str:
@@ -193,25 +192,6 @@ def title(node: fx.Node) -> str:
     return ".".join(str(node.target).removeprefix("horsepower.").split(".")[: 2 if "aten" in str(node.target) else 1])
 
 
-VIEWS = {
-    "alias", "chunk", "detach", "expand", "narrow", "permute", "select", "slice", "split", "split_with_sizes",
-    "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
-}  # fmt: skip
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a call moves no data: a number, an item, another shape or stride, a cast to the same dtype."""
-    if node.target is operator.getitem or is_size(node):
-        return True
-    value = node.meta["val"]
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
-        return False
-    name = node.target._schema.name.removeprefix("aten::")
-    if name in VIEWS:
-        return True
-    source = node.all_input_nodes[0].meta["val"]
-    if name in ("to", "contiguous") and isinstance(value, torch.Tensor):
-        return bool(source.dtype == value.dtype)
-    if name in ("flatten", "reshape") and isinstance(source, torch.Tensor):
-        return bool(source.is_contiguous())
-    return False
+def moves_nothing(node: fx.Node) -> bool:
+    """Whether a call yields a number or a view."""
+    return is_size(node) or is_view(node)

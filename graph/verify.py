@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from horsepower.graph.exact import Exact, beside
 from horsepower.graph.graph import Graph
-from horsepower.graph.provenance import Name, Region, is_view, layout, regions, title
+from horsepower.graph.provenance import Name, Region, layout, moves_nothing, regions, title
 from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import op_of
 
@@ -124,7 +124,7 @@ class _Site:
             else _hostile(value, kind, generator, scores)
             for node, value in ((node, known[node]) for node in region.inputs)
         }
-        kernels = tuple(title(node) for node in region.fused if not is_view(node))
+        kernels = tuple(title(node) for node in region.fused if not moves_nothing(node))
         head = (self.number, self.rewrite, region.module, kernels, kind)
         eager = _computed(region.replaced, given, _eager)
         truth = Exact(region.replaced, self.edges)
