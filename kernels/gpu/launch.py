@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-ARCHS = ("sm_80", "sm_90")
 SMS = {"sm_80": 108, "sm_90": 132}  # of an A100 and an H100 (SXM)
 
 

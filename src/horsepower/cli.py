@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it succeeded, 1 for a fault that `verify` found, 2 for what the user has to mend."""
+    """Run a command; 0 if it succeeded, 1 for a fault that it looked for and found, 2 for what the user has to mend."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         _explain,
         ("foal", "released"),
     )
+    _add_kernels(commands.add_parser("kernels", help="compile the GPU kernels, read their machine code; needs no GPU"))
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -128,6 +129,14 @@ def _add_report(
     parser.add_argument("--json", metavar="FILE", help="write the report for programs")
     parser.add_argument("--html", metavar="FILE", help="write the report as one page")
     parser.set_defaults(command=command)
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", default="sm_90", metavar="SM", help="sm_80 or sm_90 (default: %(default)s)")
+    parser.add_argument("--op", action="append", default=[], metavar="OP", help="may be repeated (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="write the report for programs")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page")
+    parser.set_defaults(command=_kernels)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -239,6 +248,15 @@ def _explain(arguments: argparse.Namespace) -> int:
     report = explain_preset(arguments.preset, arguments.variant, Tokens.parse(arguments.tokens, arguments.frames))
     _publish(arguments, report, report)
     return 0
+
+
+def _kernels(arguments: argparse.Namespace) -> int:
+    from horsepower.gating import gate_kernels
+
+    _check_files(arguments)
+    passed, report = gate_kernels(arguments.arch, arguments.op)
+    _publish(arguments, report, report)
+    return 0 if passed else 1
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

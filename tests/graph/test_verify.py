@@ -92,7 +92,7 @@ def failed(checks: tuple[Check, ...]) -> set[tuple[str, str]]:
 def altered(monkeypatch, name, run):
     """The op `name` with a kernel that does what `run(real)` does."""
     op = OPS[name]
-    (kernel,) = op.kernels
+    kernel = op.kernels[0]
     wrong = Kernel("wrong", kernel.supports, run(kernel.run), kernel.workspace)
     monkeypatch.setitem(OPS, name, replace(op, kernels=(wrong,)))
 
