@@ -39,6 +39,7 @@ class Graph:
     traced: int  # repeated blocks that were traced, not stamped
     conditions: tuple[Any, ...] = ()  # what the trace assumed of sizes: true expressions in their symbols
     sites: list[Site] = field(default_factory=list)
+    target: str = "cpu"  # what it is compiled for
 
     def call(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:
         """Append a call at the insertion point; its fake value comes from the operator's own shape rule."""

@@ -29,6 +29,7 @@ def key_of(
     dynamic_shapes: Any,
     method: str,
     passes: Sequence[Callable[..., Any]],
+    target: str = "cpu",
 ) -> str:
     """64 hexadecimal digits. Raises UnkeyedError."""
     digest = hashlib.sha256()
@@ -41,7 +42,7 @@ def key_of(
     add(torch.__version__, platform.python_version(), platform.machine(), ISAS, _own_sources())
     add(torch.get_default_dtype(), torch.get_default_device())
     add(torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-    add(method, *map(_pass_name, passes))
+    add(target, method, *map(_pass_name, passes))
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     walk = Walk(module, method)
     add(spec, *(_leaf(leaf, walk) for leaf in leaves), walk.text(dynamic_shapes, "dynamic_shapes"))

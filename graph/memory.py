@@ -40,7 +40,9 @@ class Layout:
     peak: int  # the arena, and the most that operators have allocated beside it at one time
 
 
-def lay_out(calls: Sequence[Call], outputs: Sequence[Any], specs: Mapping[str, TensorSpec], sizes: Sizes) -> Layout:
+def lay_out(
+    calls: Sequence[Call], outputs: Sequence[Any], specs: Mapping[str, TensorSpec], sizes: Sizes, target: str
+) -> Layout:
     """Places for all results and scratch memory; `specs` are those of all values that are one tensor."""
     device = _device(calls)
     value = cache(lambda size: evaluate(size, sizes))
@@ -48,7 +50,7 @@ def lay_out(calls: Sequence[Call], outputs: Sequence[Any], specs: Mapping[str, T
     lives = lifetimes(calls, outputs)
     placed = [(i, k) for i, call in enumerate(calls) if _is_placed(call, device) for k in range(len(call.makes))]
     others = [Block(made[each].bytes, *lives[each]) for each in made.keys() - placed]
-    scratch = [(i, size) for i, call in enumerate(calls) if (size := _workspace(call, specs, value))]
+    scratch = [(i, size) for i, call in enumerate(calls) if (size := _workspace(call, specs, value, target))]
     blocks = [Block(made[each].bytes, *lives[each]) for each in placed]
     offsets, arena = pack([*blocks, *(Block(size, i, i) for i, size in scratch)])
     results = {each: Place(offset, made[each]) for each, offset in zip(placed, offsets, strict=False)}
@@ -87,7 +89,7 @@ def _is_placed(call: Call, device: torch.device) -> bool:
     return all(spec.device == device for spec in call.makes) and writer_of(call.target) is not None
 
 
-def _workspace(call: Call, specs: Mapping[str, TensorSpec], value: Callable[[Size], int]) -> int:
+def _workspace(call: Call, specs: Mapping[str, TensorSpec], value: Callable[[Size], int], target: str) -> int:
     op = op_of(call.target)
     if op is None or all(kernel.workspace is None for kernel in op.kernels):
         return 0
@@ -96,7 +98,7 @@ def _workspace(call: Call, specs: Mapping[str, TensorSpec], value: Callable[[Siz
         spec = specs.get(value_or_ref.name) if isinstance(value_or_ref, Ref) else None
         return spec.at(value).meta() if spec else value_or_ref
 
-    return op.workspace(*map(argument, call.args))
+    return op.workspace(target, *map(argument, call.args))
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,14 @@ class Plan:
     out_spec: pytree.TreeSpec
     sites: tuple[Site, ...]
     traced: int  # repeated blocks that were traced, the others being stamped out
+    target: str  # what it was made for
 
     def at(self, sizes: Mapping[str, int]) -> Layout:
         """Where results lie for sizes by their names in the contract, such as `video_0`.
 
         Raises ValueError naming the sizes that are missing.
         """
-        return lay_out(self.calls, self.outputs, self._specs, sizes)
+        return lay_out(self.calls, self.outputs, self._specs, sizes, self.target)
 
     @cached_property
     def _specs(self) -> dict[str, TensorSpec]:
@@ -108,6 +109,7 @@ def plan_of(graph: Graph) -> Plan:
         graph.out_spec,
         tuple(graph.sites),
         graph.traced,
+        graph.target,
     )
 
 

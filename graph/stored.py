@@ -38,6 +38,7 @@ def dump(plan: Plan) -> str:
             "out_spec": out_spec,
             "sites": [[site.rewrite, site.module, site.refused] for site in plan.sites],
             "traced": plan.traced,
+            "target": plan.target,
         },
         indent=0,
     )
@@ -66,6 +67,7 @@ def load(text: str, in_spec: pytree.TreeSpec) -> Plan:
             pytree.treespec_loads(json.dumps(stored["out_spec"])),
             tuple(Site(*site) for site in stored["sites"]),
             stored["traced"],
+            stored["target"],
         )
     except (KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, AssertionError) as error:
         raise ValueError(f"plan: cannot be read: {error}") from error

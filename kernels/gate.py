@@ -14,11 +14,10 @@ import torch
 
 import horsepower.kernels.ops  # noqa: F401  (every operator is registered now)
 from horsepower.kernels.registry import OPS
+from horsepower.kernels.target import GPUS
 
 if TYPE_CHECKING:
     from horsepower.kernels.gpu.machine_code import MachineCode
-
-ARCHS = ("sm_80", "sm_90")
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def gate(arch: str, ops: Sequence[str] = ()) -> list[Gated]:
 
     Needs no GPU. Raises ValueError for an architecture or operator that is not there.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"arch: got {arch!r}, allowed: {', '.join(ARCHS)}")
+    if arch not in GPUS:
+        raise ValueError(f"arch: got {arch!r}, allowed: {', '.join(GPUS)}")
     known = twins()
     for op in ops:
         if op not in known:
@@ -70,7 +69,7 @@ def _compiled(arch: str, name: str) -> Iterator[Gated]:
     op, twin = OPS[name], import_module(f"horsepower.kernels.gpu.{name}")
     for example, inputs in twin.examples():
         for config in twin.CONFIGS[arch]:
-            workspace = torch.empty(op.workspace(*inputs), dtype=torch.uint8, device="meta")
+            workspace = torch.empty(op.workspace(arch, *inputs), dtype=torch.uint8, device="meta")
             run = partial(twin.run, op.outputs(*inputs), workspace, *inputs, config=config)
             try:
                 kernels = compiled(arch, run)

@@ -57,5 +57,12 @@ def cost(x: Tensor, weight: Tensor, experts: int, counts: Sequence[int]) -> Cost
 
 
 LINEAR = register(
-    Op("linear", SCHEMA, outputs, reference, cost, kernels=(Kernel("library", library_supports, library),))
+    Op(
+        "linear",
+        SCHEMA,
+        outputs,
+        reference,
+        cost,
+        kernels=(Kernel("library", library_supports, library, devices=("cpu", "cuda")),),
+    )
 )

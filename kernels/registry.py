@@ -36,6 +36,7 @@ class Kernel:
     supports: Callable[..., str | None]
     run: Write
     workspace: Callable[..., int] | None = None
+    devices: tuple[str, ...] = ("cpu",)  # types of those that it runs on
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class Op:
         """The best kernel for these inputs; None if the reference has to do."""
         return next((kernel for kernel in self.kernels if kernel.supports(*inputs) is None), None)
 
-    def workspace(self, *inputs: Any) -> int:
-        """Bytes of scratch memory that suffice for inputs of these sizes and dtypes, whatever kernel is chosen."""
-        return max((kernel.workspace(*inputs) for kernel in self.kernels if kernel.workspace is not None), default=0)
+    def workspace(self, target: str, *inputs: Any) -> int:
+        """Bytes of scratch memory that suffice for these sizes and dtypes, whatever kernel is chosen there."""
+        device = "cpu" if target == "cpu" else "cuda"
+        kernels = (kernel for kernel in self.kernels if device in kernel.devices)
+        return max((kernel.workspace(*inputs) for kernel in kernels if kernel.workspace is not None), default=0)
 
     def writer(self, *inputs: Any) -> Write:
         """How results for inputs like these are written into memory that is given."""
@@ -74,7 +77,7 @@ class Op:
         return self._write_reference if kernel is None else kernel.run
 
     def write(self, outputs: tuple[Tensor, ...], workspace: Tensor | None, *inputs: Any) -> None:
-        """Write the results into the outputs, with `workspace(*inputs)` bytes of scratch memory."""
+        """Write the results into the outputs, with `workspace(...)` bytes of scratch memory."""
         self.writer(*inputs)(outputs, workspace, *inputs)
 
     def _write_reference(self, outputs: tuple[Tensor, ...], _workspace: Tensor | None, *inputs: Any) -> None:

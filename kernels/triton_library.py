@@ -22,4 +22,4 @@ def triton_kernel(name: str) -> Kernel:
     def run(outputs: tuple[Tensor, ...], workspace: Tensor | None, *inputs: Any) -> None:
         module().run(outputs, workspace, *inputs)
 
-    return Kernel("triton", supports, run)
+    return Kernel("triton", supports, run, devices=("cuda",))

@@ -3,8 +3,10 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -13,6 +15,7 @@ from horsepower.graph.capture import capture
 from horsepower.graph.code import UnkeyedError
 from horsepower.graph.key import key_of
 from horsepower.graph.plan import Plan, plan_of
+from horsepower.kernels.target import check_target, target_of
 from horsepower.runtime.cache import find, keep
 from horsepower.runtime.executor import Executor, weights_of
 
@@ -132,6 +135,7 @@ def compile(
     method: str = "forward",
     only: Sequence[passes.Pass] = passes.PASSES,
     cache: bool = True,
+    target: str | None = None,
 ) -> Compiled:
     """Capture `module.method`, fuse what can be fused, and plan it; or find the plan that was made before.
 
@@ -141,20 +145,29 @@ def compile(
     code take another way than in the trace is refused. Strides are free; code that asks for them sees the example's.
     expect: sites that each pass must take, by the name of the pass.
     only: the passes to run, in order; fewer of them show what each gains.
+    target: "cpu", "sm_80" or "sm_90", for a plan to look at; None takes the device that the module lies on.
     cache: look for the plan on disk (`runtime/cache.py`), and keep it there; nothing is traced if it is found.
     Raises CaptureError for code that cannot be one graph, and ValueError if a fusion that is expected does not happen.
     """
     start = time.perf_counter()
     inputs = (example_inputs, dict(example_keywords or {}))
-    key = _key(module, *inputs, dynamic_shapes, method, only) if cache else None
+    target = target_of(_device(module, example_inputs)) if target is None else check_target(target)
+    key = _key(module, *inputs, dynamic_shapes, method, only, target) if cache else None
     plan = find(key, pytree.tree_structure(inputs)) if key else None
     found = plan is not None
     if plan is None:
-        plan = plan_of(passes.run(capture(module, *inputs, dynamic_shapes, method), only))
+        graph = replace(capture(module, *inputs, dynamic_shapes, method), target=target)
+        plan = plan_of(passes.run(graph, only))
         if key:
             keep(key, plan)
     _require(plan, expect or {})
     return Compiled(module, plan, found, time.perf_counter() - start)
+
+
+def _device(module: nn.Module, inputs: Any) -> torch.device:
+    """Where the module lies; without parameters, where its inputs do."""
+    tensors = (*module.parameters(), *(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)))
+    return next((x.device for x in tensors), torch.device("cpu"))
 
 
 def _key(*decisive: Any) -> str | None:

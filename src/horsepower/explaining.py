@@ -19,6 +19,7 @@ from horsepower.graph.graph import Graph
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.graph.plan import plan_of
 from horsepower.kernels.native_library import ISAS
+from horsepower.kernels.target import check_target
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 
@@ -32,6 +33,7 @@ def explain(
     method: str = "forward",
     only: Sequence[Pass] = PASSES,
     title: str = "The plan of a module",
+    target: str = "cpu",
 ) -> Report:
     """Compile `module.method` as `horsepower.compile` does and say what became of it.
 
@@ -41,6 +43,7 @@ def explain(
     """
     start = time.perf_counter()
     captured = capture(module, example_inputs, example_keywords, dynamic_shapes, method)
+    captured.target = check_target(target)
     compiled = provenance.snapshot(captured)
     changed = provenance.rewrite(compiled, only)
     plan = plan_of(compiled)
