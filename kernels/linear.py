@@ -8,6 +8,7 @@ from torch import Tensor
 
 from horsepower.kernels.modality import by_modality, check_experts
 from horsepower.kernels.registry import Cost, Kernel, Op, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor x, Tensor weight, int experts, SymInt[] counts) -> Tensor"
 
@@ -63,6 +64,6 @@ LINEAR = register(
         outputs,
         reference,
         cost,
-        kernels=(Kernel("library", library_supports, library, devices=("cpu", "cuda")),),
+        kernels=(Kernel("library", library_supports, library, devices=("cpu", "cuda")), triton_kernel("linear")),
     )
 )

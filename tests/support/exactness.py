@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+ULP = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
 
 
 def check_exactness(got: Tensor, eager: Tensor, exact: Tensor) -> None:

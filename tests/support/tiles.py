@@ -1,0 +1,26 @@
+"""Inputs of matrix products by tiles, and tiles that are small enough for Triton's interpreter."""
+
+import torch
+
+from gpu import DEVICE
+from horsepower.kernels.gpu.launch import Config
+
+F16, F32 = torch.float16, torch.float32
+
+
+def config(tma, rows=16, columns=16, depth=16):
+    """Tiles of so many rows and columns, with descriptors or with pointers."""
+    return Config(4, 2, {"BM": rows, "BN": columns, "BK": depth, "GROUP": 2, "TMA": tma})
+
+
+BOTH = [config(1), config(0)]
+
+
+def normal(*shape, dtype=F16, seed=1):
+    """Of unit variance; in 16 bits, rows are padded with NaN to a pitch of 16 bytes."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(DEVICE, dtype)
+    if dtype is not F16:
+        return values
+    padded = torch.full((shape[0], -(-shape[1] // 8) * 8 + 8), torch.nan, dtype=dtype, device=DEVICE)
+    padded[:, : shape[1]] = values
+    return padded[:, : shape[1]]
