@@ -9,6 +9,7 @@ from torch import Tensor
 from horsepower.kernels.activation import outputs as activation_outputs
 from horsepower.kernels.linear import outputs as linear_outputs
 from horsepower.kernels.registry import fused, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor x, Tensor weight, int experts, SymInt[] counts, str kind, ScalarType dtype) -> Tensor"
 
@@ -28,4 +29,6 @@ def expand(
     return (call(torch.ops.horsepower.activation.default, u, kind, dtype),)
 
 
-LINEAR_ACTIVATION = register(fused("linear_activation", SCHEMA, outputs, expand))
+LINEAR_ACTIVATION = register(
+    fused("linear_activation", SCHEMA, outputs, expand, kernels=(triton_kernel("linear_activation"),))
+)

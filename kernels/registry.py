@@ -95,8 +95,9 @@ class Op:
 
 
 def fused(
-    name: str, schema: str, outputs: Callable[..., tuple[Tensor, ...]], expand: Callable[..., tuple[Any, ...]]
-) -> Op:
+    name: str, schema: str, outputs: Callable[..., tuple[Tensor, ...]], expand: Callable[..., tuple[Any, ...]],
+    kernels: tuple[Kernel, ...] = (),
+) -> Op:  # fmt: skip
     """An op that is made of others: where no kernel does all of it at once, it runs, and is lowered, as its parts."""
 
     def reference(*inputs: Any) -> tuple[Tensor, ...]:
@@ -113,7 +114,7 @@ def fused(
         expand(count, *inputs)
         return Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))
 
-    return Op(name, schema, outputs, reference, cost, expand=expand)
+    return Op(name, schema, outputs, reference, cost, kernels, expand)
 
 
 OPS: dict[str, Op] = {}

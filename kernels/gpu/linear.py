@@ -11,21 +11,20 @@ from torch import Tensor
 from horsepower.kernels.gpu.launch import Config, default
 from horsepower.kernels.gpu.tiles import (
     ROWS,
-    descriptor,
     launch_tiles,
-    pitched,
     product,
     refuses,
     row_tiles,
     store,
     tile_at,
+    writable,
 )
 
 
 @triton.jit(do_not_specialize=ROWS)
 def linear_kernel(
-    a, b, a_pitch, b_pitch, second, third, L, N, out, out_pitch, K: tl.constexpr, EXPERTS: tl.constexpr,
-    STORE_TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    a, b, a_pitch, b_pitch, second, third, L, out, out_pitch, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
+    STORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(N, BN)
@@ -34,8 +33,7 @@ def linear_kernel(
         row, end, expert, n = tile_at(tile, columns, second, third, L, EXPERTS, BM, GROUP)
         b_row = expert * N + n * BN
         acc = product(a, b, a_pitch, b_pitch, row, end, b_row, expert * N + N, K, BM, BN, BK, TMA)
-        values = acc.to(out.dtype if STORE_TMA else out.dtype.element_ty)
-        store(out, out_pitch, row, end, n * BN, N, values, BM, BN, STORE_TMA)
+        store(out, out_pitch, row, end, n * BN, N, acc, BM, BN, STORE)
 
 
 CONFIGS = {
@@ -62,20 +60,17 @@ def run(
 ) -> None:  # fmt: skip
     """Sums in float32, one cast. Rows of x, weight and out may be padded to any pitch of 16 bytes."""
     config = config or default(CONFIGS, x)
-    cut = config.constants
-    y = out[0]
-    store_tma = cut["TMA"] == 1 and experts == 1 and y.numel() > 0 and pitched(y)
+    y, pitch, form = writable(out[0], experts, config, config.constants["BN"])
     launch_tiles(
         linear_kernel,
         x,
         weight,
         experts,
         counts,
-        triton.cdiv(y.shape[1], cut["BN"]),
-        descriptor(y, cut["BM"], cut["BN"]) if store_tma else y,
-        y.stride(0),
+        y,
+        pitch,
         config=config,
-        STORE_TMA=store_tma,
+        STORE=form,
     )
 
 

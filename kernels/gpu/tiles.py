@@ -5,6 +5,7 @@ are tensor descriptors and a program goes through many tiles; without, they are 
 """
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -57,13 +58,18 @@ def product(
     a, b, a_pitch, b_pitch, row, end, b_row, b_end, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """a[row : row + BM] b[b_row : b_row + BN]^T in float32; rows from `end` and `b_end` on are undefined."""
+    """a[row : row + BM] b[b_row : b_row + BN]^T in float32; rows from `end` and `b_end` on are undefined.
+
+    Pitches are in 8 elements.
+    """
     acc = tl.zeros((BM, BN), tl.float32)
     if TMA:
         for k in range(0, K, BK):  # past K a descriptor reads zeros
             acc = tl.dot(a.load([row, k]), b.load([b_row, k]).T, acc)
     else:
         k = tl.arange(0, BK)
+        a_pitch *= 8
+        b_pitch *= 8
         a_rows = tl.minimum(tl.arange(0, BM), end - 1 - row)
         b_rows = tl.minimum(tl.arange(0, BN), b_end - 1 - b_row)
         a_at = a + row.to(tl.int64) * a_pitch + (a_rows[:, None] * a_pitch + k[None, :])
@@ -81,17 +87,18 @@ def product(
 
 @triton.jit
 def store(
-    out, pitch, row, end, column, columns, values, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
+    out, pitch, row, end, column, columns, values, BM: tl.constexpr, BN: tl.constexpr, STORE: tl.constexpr
 ):  # fmt: skip
-    """Write a tile, but for rows from `end` and columns from `columns` on."""
-    if TMA:
-        out.store([row, column], values)
+    """Write a tile, but for rows from `end` and columns from `columns` on; see `writable`."""
+    if STORE == 0:
+        out.store([row, column], values.to(out.dtype))
     else:
-        rows = row + tl.arange(0, BM)
+        pitch *= STORE
+        rows = tl.arange(0, BM)
         at = column + tl.arange(0, BN)
-        inside = (rows < end)[:, None] & (at < columns)[None, :]
+        inside = (row + rows < end)[:, None] & (at < columns)[None, :]
         first = out + row.to(tl.int64) * pitch
-        tl.store(first + (tl.arange(0, BM)[:, None] * pitch + at[None, :]), values, mask=inside)
+        tl.store(first + (rows[:, None] * pitch + at[None, :]), values.to(out.dtype.element_ty), mask=inside)
 
 
 def refuses(x: Tensor, weight: Tensor) -> str | None:
@@ -116,16 +123,28 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
+def writable(out: Tensor, experts: int, config: Config, columns: int) -> tuple[Any, int, int]:
+    """`out`, its pitch and STORE, as `store` takes them for tiles of so many columns.
+
+    STORE is 0 for a descriptor, which cannot stop at the end of a modality's rows. Otherwise the pitch comes in STORE
+    elements: Triton has no other way to know how wide a row's stores may be.
+    """
+    if config.constants["TMA"] and experts == 1 and out.numel() and pitched(out):
+        return descriptor(out, config.constants["BM"], columns), 0, 0
+    unit = gcd(out.stride(0), 8)
+    return out, out.stride(0) // unit, unit
+
+
 def launch_tiles(
-    kernel: Any, x: Tensor, weight: Tensor, experts: int, counts: Sequence[int], columns: int, *args: Any,
-    config: Config, **constants: Any,
+    kernel: Any, x: Tensor, weight: Tensor, experts: int, counts: Sequence[int], *args: Any, config: Config,
+    **constants: Any,
 ) -> None:  # fmt: skip
-    """Start `kernel(a, b, a_pitch, b_pitch, second, third, L, N, *args)` for so many tiles of `columns`."""
+    """Start `kernel(a, b, a_pitch, b_pitch, second, third, L, *args)` for all tiles."""
     cut = config.constants
     L, N = x.shape[0], weight.shape[0] // experts
     second, third = first_rows(experts == 3, counts, L)
     rows = sum(triton.cdiv(n, cut["BM"]) for n in (second, third - second, L - third))
-    tiles = rows * columns
+    tiles = rows * triton.cdiv(N, cut["BN"])
     a = descriptor(x, cut["BM"], cut["BK"]) if cut["TMA"] and tiles else x
     b = descriptor(weight, cut["BN"], cut["BK"]) if cut["TMA"] and tiles else weight
     launch(
@@ -133,13 +152,13 @@ def launch_tiles(
         (min(tiles, target_of(x).sms) if cut["TMA"] else tiles,),
         a,
         b,
-        x.stride(0),
-        weight.stride(0),
+        x.stride(0) // 8,
+        weight.stride(0) // 8,
         second,
         third,
         L,
-        N,
         *args,
+        N=N,
         K=x.shape[1],
         EXPERTS=experts,
         config=config,

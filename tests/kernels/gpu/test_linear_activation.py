@@ -1,0 +1,68 @@
+"""The Triton kernel against float64 on hostile shapes and values: on a GPU, or else in Triton's interpreter."""
+
+import pytest
+import torch
+from tiles import BOTH, F16, F32, config, normal
+
+from gpu import DEVICE, check
+from horsepower.kernels.activation import KINDS
+from horsepower.kernels.gpu import linear_activation
+from horsepower.kernels.linear_activation import LINEAR_ACTIVATION
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of the interpreter
+
+
+def inputs(rows, depth, columns, kind="swiglu7", experts=1, counts=(), dtype=F16):
+    """All arguments of the op."""
+    return [normal(rows, depth), normal(experts * columns, depth, seed=2), experts, list(counts), kind, dtype]
+
+
+@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(0, 16, 16), (1, 1, 2), (17, 31, 34), (53, 8, 46)])
+def test_odd_and_prime_sizes(config, rows, depth, columns):
+    check(LINEAR_ACTIVATION, linear_activation, *inputs(rows, depth, columns), config=config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tma", [0, 1])
+def test_kinds_beyond_their_limits(kind, tma):
+    x, *rest = inputs(20, 24, 40, kind, dtype=F32)
+    (got,) = check(LINEAR_ACTIVATION, linear_activation, x * 4, *rest, config=config(tma))
+    u = x.double() * 4 @ rest[0].double().t()
+    assert u.max() > 40
+    assert u.min() < -40
+    (exact,) = LINEAR_ACTIVATION.reference(x.double() * 4, rest[0].double(), 1, [], kind, torch.float64)
+    torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("counts", [(20, 3, 17), (40, 0, 0), (0, 39, 1), (0, 0, 0)])
+def test_a_weight_for_each_modality(config, counts):
+    check(LINEAR_ACTIVATION, linear_activation, *inputs(sum(counts), 24, 26, "swiglu7", 3, counts), config=config)
+
+
+@pytest.mark.parametrize("config", BOTH, ids=str)
+def test_strided_rows_and_a_padded_result(config):
+    x, weight, *rest = inputs(19, 64, 42)
+    x, weight = x[:, 8:48], weight[:, 16:56]
+    (want,) = check(LINEAR_ACTIVATION, linear_activation, x, weight, *rest, config=config)
+    out = torch.full((19, 32), torch.nan, dtype=F16, device=DEVICE)
+    linear_activation.run((out[:, :21],), None, x, weight, *rest, config=config)
+    assert torch.equal(out[:, :21], want)
+    assert out[:, 21:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_number_stays_so(kind):
+    x, *rest = inputs(6, 16, 16, kind)
+    x[3] = torch.nan
+    outputs = LINEAR_ACTIVATION.outputs(x, *rest)
+    linear_activation.run(outputs, None, x, *rest, config=BOTH[0])
+    assert torch.equal(outputs[0].isnan().any(dim=1), torch.arange(6, device=DEVICE) == 3)
+    assert outputs[0][3].isnan().all()
+
+
+def test_what_the_kernel_does_not_take():
+    x, weight, *rest = inputs(6, 24, 16)
+    assert linear_activation.supports(x.float(), weight, *rest) == "x is neither bfloat16 nor float16"
+    assert linear_activation.supports(x, weight, *rest[:-1], torch.float64) == "float64"
