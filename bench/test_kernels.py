@@ -71,7 +71,7 @@ def test_qk_norm_rope(benchmark: Any, kernel: str, rows: int, heads_q: int, head
     qkv = normal(rows, (heads_q + 2 * heads_kv) * dim + heads_q).bfloat16()  # with the values and the gate
     gain, rope = normal(dim), normal(rows, dim * 3 // 4)
     case = f"{rows} rows {heads_q} + {heads_kv} heads of {dim}"
-    compare(benchmark, QK_NORM_ROPE, kernel, case, qkv, gain, gain, rope, 1, [], heads_q, heads_kv, 1e-6)
+    compare(benchmark, QK_NORM_ROPE, kernel, case, qkv, gain, gain, rope, 1, [], heads_q, heads_kv, 1e-6, False)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,4 +1,7 @@
-"""Norm, rotation and cast of queries and keys, straight from the columns of the QKV projection."""
+"""Norm, rotation and cast of queries and keys, straight from the columns of the QKV projection.
+
+Paired: columns and gains of each head come in the order `rope.paired_order`, and so do the results; q k^T is the same.
+"""
 
 from collections.abc import Sequence
 
@@ -11,16 +14,17 @@ from horsepower.kernels.native_library import ISAS, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.rms_norm import reference as rms_norm
 from horsepower.kernels.rope import check_rope, rotate
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor qkv, Tensor q_gain, Tensor k_gain, Tensor rope, int experts, SymInt[] counts, int heads_q, int heads_kv, "
-    "float eps) -> (Tensor, Tensor)"
+    "float eps, bool paired) -> (Tensor, Tensor)"
 )
 
 
 def outputs(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
-    heads_kv: int, eps: float,
+    heads_kv: int, eps: float, paired: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """qkv [L, (heads_q + heads_kv) * D + any] -> q [L, heads_q, D] and k [L, heads_kv, D] in its dtype.
 
@@ -41,7 +45,7 @@ def outputs(
 
 def reference(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
-    heads_kv: int, eps: float,
+    heads_kv: int, eps: float, paired: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The same in plain PyTorch; float64 inputs give the exact answer."""
     D = q_gain.shape[0] // experts
@@ -49,7 +53,7 @@ def reference(
 
     def turned(columns: Tensor, gain: Tensor) -> Tensor:
         heads = columns.unflatten(1, (-1, D))
-        return rotate(rms_norm(heads, gain, experts, counts, eps, wide)[0], rope).to(qkv.dtype)
+        return rotate(rms_norm(heads, gain, experts, counts, eps, wide)[0], rope, paired).to(qkv.dtype)
 
     q, k = qkv[:, : (heads_q + heads_kv) * D].split((heads_q * D, heads_kv * D), dim=1)
     return turned(q, q_gain), turned(k, k_gain)
@@ -57,9 +61,11 @@ def reference(
 
 def native_supports(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
-    heads_kv: int, eps: float,
+    heads_kv: int, eps: float, paired: bool,
 ) -> str | None:  # fmt: skip
     """Why the C++ kernel cannot take these inputs, or None."""
+    if paired:
+        return "partners stand side by side"
     if qkv.dtype not in (torch.float32, torch.bfloat16):
         return "qkv is neither float32 nor bfloat16"
     if any(x.dtype != torch.float32 for x in (q_gain, k_gain, rope)):
@@ -69,7 +75,7 @@ def native_supports(
 
 def native(
     out: tuple[Tensor, ...], _workspace: None, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int,
-    counts: Sequence[int], heads_q: int, heads_kv: int, eps: float, isa: str = ISAS[0],
+    counts: Sequence[int], heads_q: int, heads_kv: int, eps: float, paired: bool, isa: str = ISAS[0],
 ) -> None:  # fmt: skip
     """C++ in the widest instruction set of this CPU; rows may be strided, one row runs on one thread."""
     q, k = out
@@ -101,7 +107,7 @@ def native(
 
 def cost(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
-    heads_kv: int, eps: float,
+    heads_kv: int, eps: float, paired: bool,
 ) -> Cost:  # fmt: skip
     """Per value: four operations of the norm, three of the rotation; each tensor passes memory once."""
     L, heads = qkv.shape[0], heads_q + heads_kv
@@ -111,5 +117,12 @@ def cost(
 
 
 QK_NORM_ROPE = register(
-    Op("qk_norm_rope", SCHEMA, outputs, reference, cost, kernels=(Kernel("native", native_supports, native),))
+    Op(
+        "qk_norm_rope",
+        SCHEMA,
+        outputs,
+        reference,
+        cost,
+        kernels=(Kernel("native", native_supports, native), triton_kernel("qk_norm_rope")),
+    )
 )

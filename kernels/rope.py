@@ -27,12 +27,24 @@ def check_rope(rope: Tensor, rows: int, head_dim: int) -> None:
         raise ValueError(f"rope: got {list(rope.shape)}, allowed: [{rows}, an even number up to {head_dim}]")
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Plain PyTorch, in the dtype of x and rope."""
+def rotate(x: Tensor, rope: Tensor, paired: bool = False) -> Tensor:
+    """Plain PyTorch, in the dtype of x and rope. Paired: a = x[..., 0 : 2 h : 2], b = x[..., 1 : 2 h : 2]."""
     sin, cos = rope[:, None].chunk(2, dim=-1)
-    half = sin.shape[-1]
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    turned, rest = x.split((rope.shape[1], x.shape[-1] - rope.shape[1]), dim=-1)
+    a, b = turned.unflatten(-1, (rope.shape[1] // 2, 2)).unbind(-1) if paired else turned.chunk(2, dim=-1)
+    both = (a * cos - b * sin, b * cos + a * sin)
+    return torch.cat((torch.stack(both, dim=-1).flatten(-2) if paired else torch.cat(both, dim=-1), rest), dim=-1)
+
+
+def paired_order(head_dim: int, turned: int) -> list[int]:
+    """Where the dimensions of a paired head come from: those that turn together, j and j + turned / 2, side by side.
+
+    Raises ValueError unless `turned` is even and at most head_dim.
+    """
+    if turned % 2 or not 0 <= turned <= head_dim:
+        raise ValueError(f"turned: got {turned}, allowed: an even number up to {head_dim}")
+    half = turned // 2
+    return [each for j in range(half) for each in (j, j + half)] + list(range(turned, head_dim))
 
 
 def reference(x: Tensor, rope: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

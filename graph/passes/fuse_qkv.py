@@ -45,7 +45,7 @@ def fuse_qkv(graph: Graph) -> None:
         split = next(user for user in u.users if user.target is aten.split_with_sizes.default)
         operands = (
             x, weight, found["gain0"], found_k["gain1"], found["rope"], linear_experts, counts, heads_q, heads_kv, D,
-            found["eps"],
+            found["eps"], False,
         )  # fmt: skip
         if not computed_by(operands, split):
             graph.refuse("fuse_qkv", q, "a gain or the table is computed later than the projection is split")

@@ -75,7 +75,7 @@ FUSED = {
         LINEAR_QK_NORM_ROPE,
         (
             normal(12, 64), normal(3 * 132, 64), normal(48, dtype=torch.float32), normal(48, dtype=torch.float32),
-            normal(12, 12, dtype=torch.float32), 3, (5, 3, 4), 4, 2, 16, 1e-6,
+            normal(12, 12, dtype=torch.float32), 3, (5, 3, 4), 4, 2, 16, 1e-6, True,
         ),
     ),
 }  # fmt: skip

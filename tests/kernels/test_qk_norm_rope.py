@@ -6,6 +6,7 @@ import torch
 from exactness import check_exactness
 from horsepower.kernels.native_library import ISAS
 from horsepower.kernels.qk_norm_rope import QK_NORM_ROPE, native, native_supports, outputs, reference
+from horsepower.kernels.rope import paired_order
 
 EPS = 1e-6
 F32, BF16 = torch.float32, torch.bfloat16
@@ -18,7 +19,7 @@ def inputs(rows, dim, half, heads=(3, 2), dtype=BF16, experts=1, counts=(), scal
     q_gain, k_gain = (torch.randn(experts * dim, generator=generator) * 0.3 + 1 for _ in range(2))
     angles = torch.randn(rows, half, generator=generator) * 10
     rope = torch.cat((angles.sin(), angles.cos()), dim=1)
-    return [qkv.to(dtype), q_gain, k_gain, rope, experts, list(counts), *heads, EPS]
+    return [qkv.to(dtype), q_gain, k_gain, rope, experts, list(counts), *heads, EPS, False]
 
 
 def run(isa, *arguments):
@@ -89,6 +90,26 @@ def test_strided_rows(isa):
     check(isa, qkv[::2, 3:], q_gain, k_gain, rope[1::2, :8], *rest)
 
 
+@pytest.mark.parametrize(("dim", "half"), [(1, 0), (7, 2), (16, 8), (128, 48)])
+def test_paired_heads_are_the_same_in_another_order(dim, half):
+    qkv, *gains, rope, experts, counts, heads_q, heads_kv, eps, _ = inputs(9, dim, half, experts=3, counts=(4, 0, 5))
+    order = paired_order(dim, 2 * half)
+    columns = [head * dim + each for head in range(heads_q + heads_kv) for each in order]
+    gains = [gain.view(3, dim)[:, order].flatten() for gain in gains]
+    rest = (rope, experts, counts, heads_q, heads_kv, eps)
+    got = QK_NORM_ROPE(qkv[:, columns], *gains, *rest, True)
+    want = reference(*inputs(9, dim, half, experts=3, counts=(4, 0, 5)))
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other[..., order])
+    assert order[1::2][:half] == list(range(half, 2 * half))
+
+
+def test_a_paired_order_turns_an_even_number():
+    for turned in (3, 18, -2):
+        with pytest.raises(ValueError, match="^turned: got"):
+            paired_order(16, turned)
+
+
 def test_all_instruction_sets_agree():
     arguments = inputs(37, 128, 48, (40, 8), F32, 3, (30, 5, 2))
     results = [run(isa, *arguments) for isa in ISAS]
@@ -113,6 +134,7 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
         (1, good[1].bfloat16(), "gains and rope are not float32"),
         (3, good[3].double(), "gains and rope are not float32"),
         (0, good[0].T.contiguous().T, "the last dimension is not contiguous"),
+        (9, True, "partners stand side by side"),
     ]:
         arguments = [*good[:i], change, *good[i + 1 :]]
         assert native_supports(*arguments) == reason
