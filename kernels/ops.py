@@ -11,6 +11,8 @@ from horsepower.kernels import (  # noqa: F401 importing an op registers it
     linear_activation,
     linear_add_rms_norm,
     linear_qk_norm_rope,
+    pad_weight,
+    pair_heads,
     qk_norm_rope,
     rms_norm,
     rope,

@@ -22,7 +22,7 @@ def lower(graph: Graph) -> None:
             node.target, node.args = aten.linear.default, node.args[:2]  # which takes a batch as it is
             continue
         op = op_of(str(node.target))
-        if op is None or op.expand is None:
+        if op is None or op.expand is None or graph.target != "cpu":
             continue
 
         def call(target, *args, like: fx.Node = node) -> fx.Node:  # type: ignore[no-untyped-def]

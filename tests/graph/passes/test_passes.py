@@ -19,19 +19,23 @@ from recordings import relative_error
 EVERY_LAYER = {"post_norm": {"post_norm_layers": tuple(range(40))}}
 
 
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
 @pytest.mark.parametrize("name", ["default", "windowed", "post_norm", "per_head", "no_gate"])
-def test_all_sites_of_forty_layers_are_taken(name):
+def test_all_sites_of_forty_layers_are_taken(name, target):
     changes = EVERY_LAYER.get(name) or VARIANTS[name]
     if name == "windowed":
         changes = {"local_attn_layers": tuple(n for n in range(40) if n % 4 != 3)}
     config = replace(FOAL, hidden_size=64, head_dim=16, num_query_groups=2, **changes)
     inputs = [x.to("meta") for x in random_inputs(config, 3, 2, 5, 4)]
-    graph = passes.run(capture(DiT(config, device="meta").eval(), (*inputs, 3), dynamic_shapes=DYNAMIC))
+    graph = capture(DiT(config, device="meta").eval(), (*inputs, 3), dynamic_shapes=DYNAMIC)
+    graph = passes.run(replace(graph, target=target))
     assert graph.taken("raise_attention") == 40
     assert graph.taken("fuse_gate") == (0 if name == "no_gate" else 40)
     assert graph.taken("fuse_qkv") == 40
     assert graph.taken("fuse_activation") == 40
     assert graph.taken("fuse_add_norm") == 79
+    assert graph.taken("pair_rope") == (0 if target == "cpu" else 40)
+    assert graph.taken("pad_mlp") == (0 if target == "cpu" else 36)  # the others are 256 wide
     arithmetic = ("aten.mul", "aten.sigmoid", "aten.to.", "aten.rms_norm", "horsepower.rope", "horsepower.rms_norm")
     left = [(str(node.target), node.meta.get("module", "")) for node in graph.nodes.nodes]
     left = [(target, module) for target, module in left if target.startswith(arithmetic) and "layers" in module]
@@ -57,12 +61,13 @@ def test_every_stage_computes_the_model(name):
             assert max(map(relative_error, got, want)) < 0.02, each.__name__
 
 
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_in_float64_nothing_is_rounded_away(name):
+def test_in_float64_nothing_is_rounded_away(name, target):
     """The exact model through all passes is the exact model: a rewrite that changed the function would show."""
     model = random_model(replace(variant(name), params_dtype=torch.float64), torch.float64)
     example = [x.double() for x in random_inputs(model.config, 3, 2, 5, 4)]
-    graph = passes.run(capture(model, (*example, 3), dynamic_shapes=DYNAMIC))
+    graph = passes.run(replace(capture(model, (*example, 3), dynamic_shapes=DYNAMIC), target=target))
     assert graph.taken("fuse_add_norm") == 5
     inputs = [x.double() for x in random_inputs(model.config, 2, 5, 3, 6)]
     with torch.no_grad():

@@ -1,0 +1,111 @@
+"""The passes that lay weights out for GPUs: what they refuse, and how a plan for one is made without one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from horsepower.graph import passes
+from horsepower.graph.capture import capture
+from horsepower.graph.passes.pad_mlp import UP
+from horsepower.graph.passes.pair_rope import FUSED
+from horsepower.kernels.ops import ops
+from horsepower.runtime.compiled import compile
+from horsepower.runtime.executor import weights_of
+from models import DYNAMIC, TINY, random_inputs, random_model
+
+
+class Mlp(nn.Module):
+    """An up-projection that is 40 wide, and what reads it."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.reader = reader
+        self.up, self.down = (nn.Parameter(torch.randn(*shape)) for shape in ((40, 8), (8, 40)))
+
+    def forward(self, x):
+        return self.reader(self, ops.linear_activation(x, self.up, 1, [], "silu", torch.float32))
+
+
+def linear(self, h):
+    return ops.linear(h, self.down, 1, [])
+
+
+def compiled_for(target, module, *inputs):
+    graph = replace(capture(module, inputs), target=target)
+    return passes.run(graph, (passes.pad_mlp, passes.pair_rope))
+
+
+def test_the_width_between_projections_is_padded():
+    module, x = Mlp(linear), torch.randn(5, 8)
+    graph = compiled_for("sm_90", module, x)
+    assert [node.meta["val"].shape[-1] for node in graph.nodes.nodes if node.target is UP] == [128]
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(weights_of(module), x), module(x))
+    assert compiled_for("cpu", module, x).sites == []
+
+
+@pytest.mark.parametrize(
+    "reader", [lambda self, h: (linear(self, h), h), lambda self, h: h.sum(), lambda self, h: ops.linear(h, h, 1, [])]
+)
+def test_a_width_that_others_see_stays(reader):
+    module, x = Mlp(reader), torch.randn(5, 8)
+    graph = compiled_for("sm_90", module, x)
+    assert [site.refused for site in graph.sites] == ["something else than a projection reads it"]
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(weights_of(module), x), module(x))
+
+
+class Attention(nn.Module):
+    """Two query heads and one of keys; `reader` gets queries, keys and values."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.reader = reader
+        self.weight, self.gain, self.rope = (nn.Parameter(torch.randn(*shape)) for shape in ((32, 8), (8,), (5, 4)))
+
+    def forward(self, x):
+        q, k, rest = ops.linear_qk_norm_rope(
+            x, self.weight, self.gain, self.gain, self.rope, 1, [], 2, 1, 8, 1e-6, False
+        )
+        return self.reader(q, k, rest[:, None])
+
+
+def attend(q, k, v):
+    return ops.attention(q, k, v, None, 1, [], 1, 0, -1)
+
+
+@pytest.mark.parametrize(
+    ("reader", "paired"),
+    [
+        (attend, True),
+        (lambda q, k, v: (attend(q, k, v), q), False),
+        (lambda q, k, v: attend(k, k, v), False),
+        (lambda q, k, v: attend(q[:, :1], q[:, 1:], v), False),
+        (lambda q, k, v: attend(q, k, k), False),
+        (lambda q, k, v: attend(q, k, v) + attend(q, k, v.cos()), False),
+    ],
+)
+def test_heads_are_paired_for_one_attention_alone(reader, paired):
+    module, x = Attention(reader), torch.randn(5, 8)
+    graph = compiled_for("sm_80", module, x)
+    assert [node.args[-1] for node in graph.nodes.nodes if node.target is FUSED] == [paired]
+    assert [site.refused is None for site in graph.sites] == [paired]
+    with torch.no_grad():
+        for got, want in zip(graph.run(weights_of(module), x), module(x), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_plan_for_a_gpu_that_is_not_there():
+    model = random_model(TINY)
+    inputs = random_inputs(TINY, 3, 2, 5, 4)
+    here, there = (
+        compile(model, (*inputs, 3), dynamic_shapes=DYNAMIC, target=target).plan for target in ("cpu", "sm_90")
+    )
+    fused = [call for call in there.calls if "linear_" in call.target]
+    assert len(fused) == 4 * TINY.num_layers - 1
+    assert not [call for call in here.calls if "linear_" in call.target]
+    assert there.target == "sm_90"
+    with pytest.raises(ValueError, match=r"target: got 'sm_70', allowed: cpu, sm_80, sm_90"):
+        compile(model, (*inputs, 3), dynamic_shapes=DYNAMIC, target="sm_70")
