@@ -52,11 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         _verify,
         ("foal",),
     )
-    _add_report(
-        commands.add_parser("explain", help="say what is fused, what is not and why, and what it saves"),
-        _explain,
-        ("foal", "released"),
-    )
+    explain = commands.add_parser("explain", help="say what is fused, what is not and why, and what it saves")
+    _add_report(explain, _explain, ("foal", "released"))
+    explain.add_argument("--target", default="cpu", help="cpu, sm_80 or sm_90 (default: %(default)s)")
     _add_kernels(commands.add_parser("kernels", help="compile the GPU kernels, read their machine code; needs no GPU"))
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
     doctor.set_defaults(command=_doctor)
@@ -245,7 +243,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     from horsepower.explaining import explain_preset
 
     _check_files(arguments)
-    report = explain_preset(arguments.preset, arguments.variant, Tokens.parse(arguments.tokens, arguments.frames))
+    tokens = Tokens.parse(arguments.tokens, arguments.frames)
+    report = explain_preset(arguments.preset, arguments.variant, tokens, arguments.target)
     _publish(arguments, report, report)
     return 0
 

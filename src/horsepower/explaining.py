@@ -17,7 +17,7 @@ from horsepower.graph.diagram import diagram, groups_of
 from horsepower.graph.explain import Explanation, Fusion, measure
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes import PASSES, Pass
-from horsepower.graph.plan import plan_of
+from horsepower.graph.plan import Plan, plan_of
 from horsepower.kernels.native_library import ISAS
 from horsepower.kernels.target import check_target
 from horsepower.runtime.executor import weights_of
@@ -38,7 +38,7 @@ def explain(
     """Compile `module.method` as `horsepower.compile` does and say what became of it.
 
     inputs: positional arguments at the sizes to count for; None takes the examples. Only shapes and dtypes matter.
-    The other arguments are those of `horsepower.compile`.
+    target: what to compile for; no such device is needed. The other arguments are those of `horsepower.compile`.
     Raises CaptureError for code that cannot be one graph, ValueError for inputs that the plan does not take.
     """
     start = time.perf_counter()
@@ -53,7 +53,7 @@ def explain(
     weights = sum(x.nbytes for x in {id(x): x for x in weights_of(module).values()}.values())
     parts: tuple[Part, ...] = (
         Paragraph(_summary(found, compiled, seconds)),
-        _totals(found, plan.at(sizes).peak, weights, plan.weight_bytes),
+        _totals(found, plan, plan.at(sizes).peak, weights),
         _kinds(found),
         _fusions(found),
         _refusals(found, [each.__name__ for each in only]),
@@ -62,12 +62,14 @@ def explain(
     return Report(title, machine(), parts)
 
 
-def explain_preset(preset: str, variant: str, tokens: Tokens) -> Report:
+def explain_preset(preset: str, variant: str, tokens: Tokens, target: str = "cpu") -> Report:
     """On a step of the built-in preset "foal", or of the "released" sizes, which needs none of their memory."""
     model = step.preset(variant) if preset == "foal" else step.released(variant)
-    title = f"{preset} {variant}: the plan of a step, at {tokens} tokens in {tokens.frames} frames"
+    title = f"{preset} {variant}: the plan of a step for {target}, at {tokens} tokens in {tokens.frames} frames"
     example, inputs = velocity_example(model), velocity_example(model, tokens.counts, tokens.frames)
-    return explain(model, example, inputs, dynamic_shapes=VELOCITY_SHAPES, method="velocity", title=title)
+    return explain(
+        model, example, inputs, dynamic_shapes=VELOCITY_SHAPES, method="velocity", title=title, target=target
+    )
 
 
 def _summary(found: Explanation, compiled: Graph, seconds: float) -> str:
@@ -82,7 +84,7 @@ def _summary(found: Explanation, compiled: Graph, seconds: float) -> str:
     )
 
 
-def _totals(found: Explanation, planned: int, weights: int, planned_weights: int) -> Table:
+def _totals(found: Explanation, plan: Plan, planned: int, weights: int) -> Table:
     rows: tuple[tuple[Cell, ...], ...] = (
         ("kernel calls", found.before.calls, found.after.calls),
         ("moved", _bytes(found.before.bytes), _bytes(found.after.bytes)),
@@ -90,12 +92,13 @@ def _totals(found: Explanation, planned: int, weights: int, planned_weights: int
         ("FLOP a byte", _ratio(found.before.flops, found.before.bytes), _ratio(found.after.flops, found.after.bytes)),
         ("values alive at once", _bytes(found.peak_before), _bytes(found.peak_after)),
         ("planned peak", None, _bytes(planned)),
-        ("weights", _bytes(weights), _bytes(planned_weights)),
+        ("weights", _bytes(weights), _bytes(plan.weight_bytes)),
     )
+    kernels = ISAS[0] if plan.target == "cpu" else plan.target
     note = (
         "Each call reads its inputs and writes its outputs once; caches are not counted. Values alive: the most at any "
         "time if each is freed after its last use, without inputs and weights. Planned peak: these with the kernels' "
-        f"scratch memory ({ISAS[0]}) as they lie in the arena: what a run takes beside inputs and outputs."
+        f"scratch memory ({kernels}) as they lie in the arena: what a run takes beside inputs and outputs."
     )
     return Table("In all", ("", "captured", "compiled"), rows, note)
 
