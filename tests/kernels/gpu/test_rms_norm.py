@@ -5,6 +5,7 @@ import torch
 
 from gpu import DEVICE, check
 from horsepower.kernels.gpu import rms_norm
+from horsepower.kernels.gpu.launch import Config
 from horsepower.kernels.rms_norm import RMS_NORM
 
 EPS = 1e-6
@@ -46,6 +47,24 @@ def test_strided_rows():
     check(RMS_NORM, rms_norm, torch.cat([x, x], dim=1)[:, 100:], *rest)
 
 
+def test_float16_and_a_gain_of_bfloat16():
+    x, gain, *rest = inputs(7, 66, torch.float16)
+    check(RMS_NORM, rms_norm, x, gain.to(BF16), *rest)
+
+
 def test_a_batch_without_a_gain():
     x = inputs(15, 34)[0].view(3, 5, 34)
     check(RMS_NORM, rms_norm, x, None, 1, [], EPS, BF16)
+
+
+def test_several_rows_a_program():
+    config = Config(warps=4, constants={"TILE": 64})
+    check(RMS_NORM, rms_norm, *inputs(11, 15), config=config)
+    check(RMS_NORM, rms_norm, *inputs(11, 15, experts=3, counts=(5, 0, 6)), config=config)
+
+
+def test_what_the_kernel_does_not_take():
+    x, *rest = inputs(6, 40)
+    assert rms_norm.supports(x.T.contiguous().T, *rest) == "the last dimension is not contiguous"
+    assert rms_norm.supports(x.double(), *rest) == "float64"
+    assert rms_norm.supports(x.view(2, 3, 40), rest[0], 3, *rest[2:]) == "x has 3 dimensions"

@@ -1,0 +1,67 @@
+"""What the kernels that walk rows share: how rows are cut into programs and accesses, and which gain a row has.
+
+A program takes a tile of ROWS x BLOCK, BLOCK the power of two that holds a row: read once, kept in registers, written
+once. The width C is a compile-time constant: what lies outside then costs neither instructions nor wide accesses.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from horsepower.kernels.gpu.launch import Config
+from horsepower.kernels.native_library import pitch
+
+WIDEST = 16384  # columns of a row that fit into the registers of a program
+
+
+@triton.jit
+def places(ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Rows [ROWS, 1] and columns [1, BLOCK] of this program; a thread takes VECTOR columns in one access."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    return row, tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)[None, :]
+
+
+@triton.jit
+def gain_of(gain, row, column, inside, second, third, C: tl.constexpr, EXPERTS: tl.constexpr):
+    """The gain of each row, in float32: one for all, or that of the row's modality."""
+    if EXPERTS > 1:
+        gain += ((row >= second).to(tl.int32) + (row >= third).to(tl.int32)) * C
+        return tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(gain + column, mask=column < C, other=0.0).to(tl.float32)
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Why the row kernels cannot walk these tensors, or None."""
+    for x in tensors:
+        if x is None:
+            continue
+        if pitch(x) is None:
+            return "its rows are not equally far apart"
+        if x.stride(-1) != 1 and x.shape[-1] != 1:
+            return "the last dimension is not contiguous"
+        if x.dtype == torch.float64:
+            return "float64"
+    return None
+
+
+def tile(C: int, config: Config, *tensors: Tensor) -> Mapping[str, int]:
+    """The constants of `places` for rows of C columns; `tensors` are those that are read and written row by row.
+
+    VECTOR fills 16 bytes of the widest dtype. Were it left to Triton, it would fill 16 bytes of the narrowest: float32
+    would then be read in two halves of 32 bytes a thread, and pass through shared memory before it is written.
+    """
+    block = triton.next_power_of_2(C)
+    rows = max(1, config.constants["TILE"] // block)
+    return {"C": C, "ROWS": rows, "BLOCK": block, "VECTOR": min(block, 16 // max(x.itemsize for x in tensors))}
+
+
+def step(*tensors: Tensor) -> int:
+    """Elements, at most 16, of which the distance between rows is a multiple: accesses are as wide as that allows.
+
+    Kernels are given distances in units of it, since Triton looks at no smaller power of two than 16.
+    """
+    return math.gcd(16, *(pitch(x) or 0 for x in tensors))
