@@ -17,6 +17,7 @@ from horsepower.kernels.native_library import ISAS, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.rms_norm import reference as rms_norm
 from horsepower.kernels.sizes import differ
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor residual, Tensor branch, Tensor? post_gain, Tensor gain, SymInt[] counts, float eps, ScalarType dtype) "
@@ -127,5 +128,12 @@ def cost(
 
 
 ADD_RMS_NORM = register(
-    Op("add_rms_norm", SCHEMA, outputs, reference, cost, kernels=(Kernel("native", native_supports, native),))
+    Op(
+        "add_rms_norm",
+        SCHEMA,
+        outputs,
+        reference,
+        cost,
+        kernels=(Kernel("native", native_supports, native), triton_kernel("add_rms_norm")),
+    )
 )
