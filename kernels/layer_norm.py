@@ -8,6 +8,7 @@ from horsepower import _native
 from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.sizes import differ
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor"
 
@@ -77,5 +78,12 @@ def cost(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtyp
 
 
 LAYER_NORM = register(
-    Op("layer_norm", SCHEMA, outputs, reference, cost, kernels=(Kernel("native", native_supports, native),))
+    Op(
+        "layer_norm",
+        SCHEMA,
+        outputs,
+        reference,
+        cost,
+        kernels=(Kernel("native", native_supports, native), triton_kernel("layer_norm")),
+    )
 )
