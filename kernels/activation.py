@@ -15,6 +15,7 @@ from torch import Tensor
 from horsepower import _native
 from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor u, str kind, ScalarType dtype) -> Tensor"
 KINDS = ("swiglu7", "gelu7", "gelu", "gelu_tanh", "silu")  # as the C++ numbers them
@@ -85,5 +86,12 @@ def cost(u: Tensor, kind: str, dtype: torch.dtype) -> Cost:
 
 
 ACTIVATION = register(
-    Op("activation", SCHEMA, outputs, reference, cost, kernels=(Kernel("native", native_supports, native),))
+    Op(
+        "activation",
+        SCHEMA,
+        outputs,
+        reference,
+        cost,
+        kernels=(Kernel("native", native_supports, native), triton_kernel("activation")),
+    )
 )
