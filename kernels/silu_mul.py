@@ -8,6 +8,7 @@ from horsepower import _native
 from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.sizes import differ
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor gate, Tensor up, ScalarType dtype) -> Tensor"
 
@@ -61,5 +62,12 @@ def cost(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Cost:
 
 
 SILU_MUL = register(
-    Op("silu_mul", SCHEMA, outputs, reference, cost, kernels=(Kernel("native", native_supports, native),))
+    Op(
+        "silu_mul",
+        SCHEMA,
+        outputs,
+        reference,
+        cost,
+        kernels=(Kernel("native", native_supports, native), triton_kernel("silu_mul")),
+    )
 )
