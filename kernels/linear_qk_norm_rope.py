@@ -14,6 +14,7 @@ from torch import Tensor
 from horsepower.kernels.linear import outputs as linear_outputs
 from horsepower.kernels.qk_norm_rope import outputs as qk_outputs
 from horsepower.kernels.registry import fused, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor q_gain, Tensor k_gain, Tensor rope, int experts, SymInt[] counts, int heads_q, "
@@ -43,4 +44,6 @@ def expand(
     return call(getitem, qk, 0), call(getitem, qk, 1), rest
 
 
-LINEAR_QK_NORM_ROPE = register(fused("linear_qk_norm_rope", SCHEMA, outputs, expand))
+LINEAR_QK_NORM_ROPE = register(
+    fused("linear_qk_norm_rope", SCHEMA, outputs, expand, kernels=(triton_kernel("linear_qk_norm_rope"),))
+)
