@@ -18,6 +18,7 @@ from horsepower.kernels.modality import check_counts, first_rows
 from horsepower.kernels.native_library import ISAS, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.sizes import differ
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? gate, int experts, SymInt[] counts, SymInt frames, SymInt video,"
@@ -192,6 +193,6 @@ ATTENTION = register(
         outputs,
         reference,
         cost,
-        kernels=(Kernel("native", native_supports, native, native_workspace),),
+        kernels=(Kernel("native", native_supports, native, native_workspace), triton_kernel("attention")),
     )
 )

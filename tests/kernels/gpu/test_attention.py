@@ -1,0 +1,183 @@
+"""The Triton kernel against float64 on hostile shapes and values: on a GPU, or else in Triton's interpreter."""
+
+from itertools import count
+
+import pytest
+import torch
+
+from exactness import check_exactness
+from gpu import DEVICE, check
+from horsepower.kernels.attention import ATTENTION
+from horsepower.kernels.gpu import attention
+from horsepower.kernels.gpu.launch import Config
+
+F32, F16 = torch.float32, torch.float16
+FULL = (1, [], 1, 0, -1)  # experts, counts, frames, video, window
+TMA, POINTERS = (Config(4, 2, {"BLOCK_M": 16, "BLOCK_N": 16, "TMA": tma}) for tma in (1, 0))
+SEEDS = count()
+
+
+def inputs(rows, heads=4, kv_heads=2, dim=16, dtype=F16, gate=None, keys=None):
+    """q, k and v are columns of projections; gate: None or its shape."""
+    generator = torch.Generator().manual_seed(next(SEEDS))
+    projection = torch.randn(max(rows, keys or rows), (heads + 2 * kv_heads) * dim + 16, generator=generator)
+    q, k, v = projection[:, :-16].to(DEVICE, dtype).unflatten(1, (-1, dim)).split([heads, kv_heads, kv_heads], 1)
+    gate = None if gate is None else torch.randn(gate, generator=generator).to(DEVICE)
+    return [q[:rows], k[: keys or rows], v[: keys or rows], gate]
+
+
+def check_float32(*arguments, config=TMA):
+    """To the last bits: roundings to float16 hide nothing. (For speed's sake alone, `supports` refuses float32.)"""
+    out = ATTENTION.outputs(*arguments)
+    out[0].fill_(torch.nan)
+    attention.run(out, None, *arguments, config=config)
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+    check_exactness(out[0], ATTENTION.reference(*arguments)[0], ATTENTION.reference(*wide)[0])
+
+
+@pytest.mark.parametrize("config", [TMA, POINTERS], ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(0, 3), (1, 1), (1, 37), (33, 1), (16, 32), (37, 17)])
+def test_lengths(config, rows, keys):
+    check(ATTENTION, attention, *inputs(rows, keys=keys, gate=(rows, 4)), *FULL, config=config)
+    check_float32(*inputs(rows, keys=keys, dtype=F32), *FULL, config=config)
+
+
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 144])
+def test_head_dims(dim):
+    """Those that are no power of two stand side by side: what lies beyond a head's end is the next head."""
+    check(ATTENTION, attention, *inputs(19, dim=dim), *FULL, config=TMA)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (5, 1), (6, 2)])
+def test_heads(heads, kv_heads):
+    check_float32(*inputs(21, heads, kv_heads, dtype=F32), *FULL)
+
+
+@pytest.mark.parametrize("config", [TMA, POINTERS], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "experts", "counts"),
+    [
+        ((20, 4), 1, []),
+        ((20, 4), 3, [10, 5, 5]),
+        ((4,), 1, []),
+        ((12,), 3, [10, 7, 3]),
+        ((12,), 3, [0, 0, 20]),
+        ((12,), 3, [0, 20, 0]),
+        ((12,), 3, [19, 0, 1]),
+    ],
+)
+def test_gates(config, shape, experts, counts):
+    check_float32(*inputs(20, dtype=F32, gate=shape), experts, counts, 1, 0, -1, config=config)
+
+
+def test_gates_in_bfloat16_and_far_out():
+    q, k, v, _ = inputs(3)
+    gate = torch.tensor([[-200.0, 200.0, 0.0, -8.0]], dtype=torch.bfloat16, device=DEVICE).expand(3, 4)
+    out = check(ATTENTION, attention, q, k, v, gate, *FULL, config=TMA)[0]
+    assert (out[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("config", [TMA, POINTERS], ids=str)
+@pytest.mark.parametrize("window", [0, 1, 11])
+@pytest.mark.parametrize(
+    ("frames", "tokens", "rest"), [(1, 7, 5), (3, 1, 2), (5, 13, 9), (3, 16, 0), (4, 16, 17), (26, 2, 1), (4, 0, 6)]
+)
+def test_windows(config, window, frames, tokens, rest):
+    """Frames smaller and larger than tiles; edges on those of tiles and beside them; tiles of several modalities."""
+    video = frames * tokens
+    arguments = inputs(video + rest, 2, 1, dtype=F32, gate=(6,))
+    check_float32(*arguments, 3, [video, rest // 2, rest - rest // 2], frames, video, window, config=config)
+
+
+def test_tiles_within_the_window_and_at_its_edges():
+    check_float32(*inputs(5 * 40 + 35, 1, 1, dtype=F32), 1, [], 5, 200, 1)
+
+
+@pytest.mark.parametrize("config", [TMA, POINTERS], ids=str)
+def test_any_strides_of_rows_and_heads(config):
+    q, k, v, _ = inputs(40, 6, 2, 32)
+    gate = inputs(40, gate=(40, 16))[3]
+    check(ATTENTION, attention, q[::2, ::3, :16], k[1::2, :, 16:], v[:20, :, :16], gate[::2, 2:4], *FULL, config=config)
+    turned = v.transpose(0, 1).contiguous().transpose(0, 1)
+    shifted = torch.cat([k.flatten(1)[:, :5], k.flatten(1)], 1)[:, 5:].unflatten(1, k.shape[1:])
+    spread = q[:1].expand(q.shape)
+    check(ATTENTION, attention, spread, shifted, turned, gate[:, :6], *FULL, config=config)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e3, 1e15])
+def test_tiny_and_huge_scores(scale):
+    q, *rest = inputs(37, 2, 1, dtype=F32)
+    check_float32(q * scale, *rest, *FULL)
+
+
+def test_one_key_that_dominates_in_the_last_tile_and_in_the_first():
+    q, k, v, _ = inputs(50, 2, 1, dtype=F32)
+    for key in (0, 49):
+        k = k.clone()
+        k[key] = 100.0
+        check_float32(q.abs(), k, v, None, *FULL)
+
+
+def test_scores_that_overflow_downwards_weigh_nothing():
+    q, k, v, _ = inputs(40, 2, 1, dtype=F32)
+    q, k = torch.full_like(q, 1e30), torch.zeros_like(k)
+    k[:35] = -1e30
+    out = ATTENTION.outputs(q, k, v, None, *FULL)
+    attention.run(out, None, q, k, v, None, *FULL, config=TMA)
+    torch.testing.assert_close(out[0], v[35:].mean(0).expand(q.shape))
+
+
+def test_values_of_one_number_come_back():
+    q, k, v, _ = inputs(50, 2, 1, dtype=F32)
+    out = ATTENTION.outputs(q, k, v, None, 1, [], 4, 40, 0)
+    attention.run(out, None, q, k, torch.full_like(v, 0.7), None, 1, [], 4, 40, 0, config=TMA)
+    torch.testing.assert_close(out[0], torch.full_like(q, 0.7), rtol=1e-6, atol=0)
+
+
+def test_a_query_that_is_not_finite_stays_in_its_row():
+    q, k, v, _ = inputs(29, dtype=F32)
+    q = q.clone()
+    q[11, 2, 3] = torch.nan
+    out = ATTENTION.outputs(q, k, v, None, *FULL)
+    attention.run(out, None, q, k, v, None, *FULL, config=TMA)
+    finite = out[0].isfinite().all(-1)
+    assert not finite[11, 2]
+    assert finite.sum() == finite.numel() - 1
+
+
+def test_rows_of_a_window_see_nothing_else():
+    """Other keys and values may be anything that is finite."""
+    q, k, v, _ = inputs(5 * 7 + 4, 2, 1, dtype=F32)
+    rest = (1, [], 5, 35, 1)
+    outputs = []
+    for value in (1e4, -1e4):
+        k, v = k.clone(), v.clone()
+        k[14:21], v[14:21] = value, value  # the third frame
+        out = ATTENTION.outputs(q, k, v, None, *rest)
+        attention.run(out, None, q, k, v, None, *rest, config=TMA)
+        outputs.append(out[0])
+    same = (outputs[0] == outputs[1]).all(-1).all(-1)
+    assert same.tolist() == [True] * 7 + [False] * 21 + [True] * 7 + [False] * 4
+
+
+def test_other_keys_and_a_batch():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 18, 4, 16), (2, 5, 2, 16), (2, 5, 2, 16))
+    q, k, v = (torch.randn(*shape, generator=generator).to(DEVICE, F16) for shape in shapes)
+    check(ATTENTION, attention, q, k, v, None, *FULL, config=TMA)
+
+
+def test_the_default_configuration():
+    check(ATTENTION, attention, *inputs(130, 1, 1, 64), 1, [], 2, 64, 0)
+
+
+def test_what_the_kernel_refuses():
+    q, k, v, gate = inputs(6, gate=(6, 4))
+    assert attention.supports(q, k, v, gate) is None
+    assert "neither bfloat16 nor float16" in attention.supports(q.float(), k.float(), v.float(), gate)
+    assert attention.supports(q, k, v, gate.double()) == "the gate is float64"
+    assert attention.supports(q, k[:0], v[:0], None) == "there are no keys"
+    turned = v.transpose(1, 2).contiguous().transpose(1, 2)
+    assert attention.supports(q, k, turned, gate) == "the last dimension is not contiguous"
+    for dim in (8, 24, 272):
+        assert attention.supports(*inputs(2, dim=dim)) == f"head dimension {dim}, not a multiple of 16 up to 256"
