@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from horsepower.kernels.attention import key_ranges
+from horsepower.kernels.attention_ranges import key_ranges
 
 aten = torch.ops.aten
 WINDOWED = "horsepower.windowed_attention.default"

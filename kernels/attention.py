@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from horsepower import _native
+from horsepower.kernels.attention_library import CUDNN, FLASH_2, FLASH_3, FLASH_4, TORCH_FLASH
+from horsepower.kernels.attention_ranges import gate_factor, key_ranges
 from horsepower.kernels.modality import check_counts, first_rows
 from horsepower.kernels.native_library import ISAS, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
@@ -56,25 +58,6 @@ def outputs(
     return (q.new_empty(q.shape),)
 
 
-def key_ranges(frames: int, video: int, window: int, rows: int, keys: int) -> list[tuple[slice, tuple[slice, ...]]]:
-    """Query rows, and the ranges of keys that they see; the ranges of queries are disjoint and cover all rows."""
-    everything = (slice(0, keys),)
-    if window < 0:
-        return [(slice(0, rows), everything)]
-    tokens = video // frames
-    seen: dict[tuple[int, int], list[int]] = {}
-    for frame in range(frames):
-        seen.setdefault((max(0, frame - window), min(frames, frame + window + 1)), []).append(frame)
-    ranges = [
-        (
-            slice(members[0] * tokens, (members[-1] + 1) * tokens),
-            (slice(first * tokens, last * tokens), slice(video, rows)),
-        )
-        for (first, last), members in seen.items()
-    ]
-    return [*ranges, (slice(video, rows), everything)]
-
-
 def reference(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
     window: int,
@@ -91,12 +74,8 @@ def reference(
             out[queries] = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)[0].transpose(0, 1)
     if gate is None:
         return (out,)
-    factor = torch.sigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32)))
-    if gate.ndim == 1 and experts != 1:
-        rows = zip(factor.chunk(experts), counts, strict=True)
-        factor = torch.cat([row.expand(count, -1) for row, count in rows])
     wide = torch.promote_types(q.dtype, torch.float32)
-    return ((out.to(wide) * factor[..., None]).to(q.dtype),)
+    return ((out.to(wide) * gate_factor(gate, experts, counts, len(q))).to(q.dtype),)
 
 
 def native_supports(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: object) -> str | None:
@@ -193,6 +172,14 @@ ATTENTION = register(
         outputs,
         reference,
         cost,
-        kernels=(Kernel("native", native_supports, native, native_workspace), triton_kernel("attention")),
+        kernels=(
+            Kernel("native", native_supports, native, native_workspace),
+            FLASH_3,
+            triton_kernel("attention"),
+            FLASH_4,
+            FLASH_2,
+            CUDNN,
+            TORCH_FLASH,
+        ),
     )
 )

@@ -6,13 +6,13 @@ import torch
 from exactness import check_exactness
 from horsepower.kernels.attention import (
     ATTENTION,
-    key_ranges,
     native,
     native_supports,
     native_workspace,
     outputs,
     reference,
 )
+from horsepower.kernels.attention_ranges import key_ranges
 from horsepower.kernels.native_library import ISAS
 
 F32, BF16 = torch.float32, torch.bfloat16

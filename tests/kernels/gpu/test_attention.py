@@ -127,6 +127,12 @@ def test_scores_that_overflow_downwards_weigh_nothing():
     torch.testing.assert_close(out[0], v[35:].mean(0).expand(q.shape))
 
 
+def test_scores_far_below_zero():
+    """What is masked is lower still."""
+    q, k, v, _ = inputs(37, 2, 1, dtype=F32)
+    check_float32(torch.full_like(q, 30.0), torch.full_like(k, -30.0), v, None, *FULL)
+
+
 def test_values_of_one_number_come_back():
     q, k, v, _ = inputs(50, 2, 1, dtype=F32)
     out = ATTENTION.outputs(q, k, v, None, 1, [], 4, 40, 0)
