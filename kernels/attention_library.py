@@ -42,7 +42,7 @@ def flash_attention(name: str, module: str, package: str, majors: Sequence[int],
         made: Tensor | tuple[Tensor, ...] = function()(q, k, v)  # scale 1 / sqrt(D) and no mask are all defaults
         return made[0] if isinstance(made, tuple) else made  # some give the logarithms of the sums too
 
-    return Kernel(name, supports, writer(attend))
+    return Kernel(name, supports, writer(attend), devices=("cuda",))
 
 
 def torch_attention(name: str, attend: Attend, can_use: str) -> Kernel:
@@ -56,7 +56,7 @@ def torch_attention(name: str, attend: Attend, can_use: str) -> Kernel:
         given = parameters(*heads_first, None, 0.0, False, True)
         return None if getattr(torch.backends.cuda, can_use)(given) else "torch's own test of the inputs"
 
-    return Kernel(name, supports, writer(attend))
+    return Kernel(name, supports, writer(attend), devices=("cuda",))
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

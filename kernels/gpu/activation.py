@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from horsepower.kernels.gpu.elementwise import cut, gated, piece
-from horsepower.kernels.gpu.launch import ARCHS, Config, default, launch
+from horsepower.kernels.gpu.launch import Config, default, launch
 from horsepower.kernels.gpu.rows import refuses
+from horsepower.kernels.target import GPUS
 
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -44,8 +45,8 @@ def activation_kernel(
 
 
 # predicted: four 16-byte loads in flight a thread, at 32 registers, which leave room for every thread that fits
-CONFIGS = {arch: (Config(warps=4, constants={"TILE": 4096}),) for arch in ARCHS}
-CLAIMS = dict.fromkeys(ARCHS, ("LDG.E.128", "STG.E.128|STG.E.64"))
+CONFIGS = {arch: (Config(warps=4, constants={"TILE": 4096}),) for arch in GPUS}
+CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128", "STG.E.128|STG.E.64"))
 
 
 def supports(u: Tensor, kind: str, dtype: torch.dtype) -> str | None:

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from horsepower.kernels.gpu.launch import ARCHS, Config, default, launch
+from horsepower.kernels.gpu.launch import Config, default, launch
 from horsepower.kernels.gpu.rows import WIDEST, gain_of, places, refuses, step, tile
 from horsepower.kernels.modality import first_rows
+from horsepower.kernels.target import GPUS
 
 
 @triton.jit
@@ -36,8 +37,8 @@ def add_rms_norm_kernel(
 
 # predicted. Eight warps cut 5120 columns into five accesses a thread that leave no lane idle, in 40 registers (64
 # with a post-norm): six rows a multiprocessor. Four warps spill at 16384 columns, sixteen idle at 5120.
-CONFIGS = {arch: (Config(warps=8, constants={"TILE": 4096}),) for arch in ARCHS}
-CLAIMS = dict.fromkeys(ARCHS, ("LDG.E.128", "STG.E.128"))
+CONFIGS = {arch: (Config(warps=8, constants={"TILE": 4096}),) for arch in GPUS}
+CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128", "STG.E.128"))
 
 
 def supports(

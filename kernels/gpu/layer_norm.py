@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from horsepower.kernels.gpu.launch import ARCHS, Config, default, launch
+from horsepower.kernels.gpu.launch import Config, default, launch
 from horsepower.kernels.gpu.rows import WIDEST, places, refuses, step, tile
 from horsepower.kernels.native_library import pitch
+from horsepower.kernels.target import GPUS
 
 
 @triton.jit
@@ -31,8 +32,8 @@ def layer_norm_kernel(
     tl.store(out + row * C + column, v.to(out.dtype.element_ty), mask=inside)
 
 
-CONFIGS = {arch: (Config(warps=8, constants={"TILE": 4096}),) for arch in ARCHS}  # predicted, as of add_rms_norm
-CLAIMS = dict.fromkeys(ARCHS, ("LDG.E.128", "STG.E.128|STG.E.64"))  # 64: bfloat16 from float32
+CONFIGS = {arch: (Config(warps=8, constants={"TILE": 4096}),) for arch in GPUS}  # predicted, as of add_rms_norm
+CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128", "STG.E.128|STG.E.64"))  # 64: bfloat16 from float32
 
 
 def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> str | None:

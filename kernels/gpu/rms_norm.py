@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from horsepower.kernels.gpu.launch import ARCHS, Config, default, launch
+from horsepower.kernels.gpu.launch import Config, default, launch
 from horsepower.kernels.gpu.rows import WIDEST, gain_of, places, refuses, step, tile
 from horsepower.kernels.modality import first_rows
 from horsepower.kernels.native_library import pitch
+from horsepower.kernels.target import GPUS
 
 
 @triton.jit
@@ -28,8 +29,8 @@ def rms_norm_kernel(
     tl.store(out + row * C + column, v.to(out.dtype.element_ty), mask=inside)
 
 
-CONFIGS = {arch: (Config(warps=8, constants={"TILE": 4096}),) for arch in ARCHS}  # predicted, as of add_rms_norm
-CLAIMS = dict.fromkeys(ARCHS, ("LDG.E.128", "STG.E.128|STG.E.64"))  # 64: bfloat16 from float32
+CONFIGS = {arch: (Config(warps=8, constants={"TILE": 4096}),) for arch in GPUS}  # predicted, as of add_rms_norm
+CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128", "STG.E.128|STG.E.64"))  # 64: bfloat16 from float32
 
 
 def supports(

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from horsepower.kernels.gpu.elementwise import cut, gated, piece
-from horsepower.kernels.gpu.launch import ARCHS, Config, default, launch
+from horsepower.kernels.gpu.launch import Config, default, launch
 from horsepower.kernels.gpu.rows import refuses
+from horsepower.kernels.target import GPUS
 
 
 @triton.jit
@@ -30,8 +31,8 @@ def silu_mul_kernel(
 
 
 # predicted: four 16-byte loads in flight a thread, at 32 registers, which leave room for every thread that fits
-CONFIGS = {arch: (Config(warps=4, constants={"TILE": 2048}),) for arch in ARCHS}
-CLAIMS = dict.fromkeys(ARCHS, ("LDG.E.128|LDG.E.64", "STG.E.128|STG.E.64"))  # 64: where rows are not better aligned
+CONFIGS = {arch: (Config(warps=4, constants={"TILE": 2048}),) for arch in GPUS}
+CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128|LDG.E.64", "STG.E.128|STG.E.64"))  # 64: where rows are not better aligned
 
 
 def supports(gate: Tensor, up: Tensor, dtype: torch.dtype) -> str | None:

@@ -139,7 +139,7 @@ def launch_tiles(
     kernel: Any, x: Tensor, weight: Tensor, experts: int, counts: Sequence[int], *args: Any, config: Config,
     **constants: Any,
 ) -> None:  # fmt: skip
-    """Start `kernel(a, b, a_pitch, b_pitch, second, third, L, *args)`, whose programs go on until all tiles are done."""
+    """Start `kernel(a, b, a_pitch, b_pitch, second, third, L, *args)`; its programs go on until all tiles are done."""
     cut = config.constants
     L, N = x.shape[0], weight.shape[0] // experts
     second, third = first_rows(experts == 3, counts, L)
