@@ -41,10 +41,10 @@ class Layout:
 
 
 def lay_out(
-    calls: Sequence[Call], outputs: Sequence[Any], specs: Mapping[str, TensorSpec], sizes: Sizes, target: str
-) -> Layout:
-    """Places for all results and scratch memory; `specs` are those of all values that are one tensor."""
-    device = _device(calls)
+    calls: Sequence[Call], outputs: Sequence[Any], specs: Mapping[str, TensorSpec], sizes: Sizes,
+    device: torch.device, target: str,
+) -> Layout:  # fmt: skip
+    """Places on a device for all results and scratch memory; `specs` are those of all values that are one tensor."""
     value = cache(lambda size: evaluate(size, sizes))
     made = {(i, k): spec.at(value) for i, call in enumerate(calls) for k, spec in enumerate(call.makes)}
     lives = lifetimes(calls, outputs)
@@ -76,12 +76,6 @@ def lifetimes(calls: Sequence[Call], outputs: Sequence[Any]) -> dict[Result, tup
     for name in refs_in(outputs):
         last.update((each, len(calls)) for part in owners.get(name, ()) for each in part)
     return {each: (each[0], end) for each, end in last.items()}
-
-
-def _device(calls: Sequence[Call]) -> torch.device:
-    """The one of most results: the arena's."""
-    devices = [spec.device for call in calls for spec in call.makes]
-    return max(devices, key=devices.count, default=torch.device("cpu"))
 
 
 def _is_placed(call: Call, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -40,7 +41,13 @@ class Plan:
 
         Raises ValueError naming the sizes that are missing.
         """
-        return lay_out(self.calls, self.outputs, self._specs, sizes, self.target)
+        return lay_out(self.calls, self.outputs, self._specs, sizes, self.device, self.target)
+
+    @property
+    def device(self) -> torch.device:
+        """Where most results lie, and so the arena."""
+        devices = [spec.device for call in self.calls for spec in call.makes]
+        return max(devices, key=devices.count, default=torch.device("cpu"))
 
     @cached_property
     def _specs(self) -> dict[str, TensorSpec]:

@@ -15,7 +15,7 @@ def triton_kernel(name: str) -> Kernel:
         return import_module(f"horsepower.kernels.gpu.{name}")
 
     def supports(*inputs: Any) -> str | None:
-        if not all(x.is_cuda for x in inputs if isinstance(x, Tensor)):
+        if not all(x.is_cuda or x.is_meta for x in inputs if isinstance(x, Tensor)):
             return "not on a GPU"
         return module().supports(*inputs)  # type: ignore[no-any-return]
 

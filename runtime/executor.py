@@ -14,6 +14,8 @@ from horsepower.graph.memory import Layout, Place
 from horsepower.graph.operators import operator_of, writer_of
 from horsepower.graph.plan import Plan
 from horsepower.kernels.registry import op_of
+from horsepower.runtime.devices import StreamOrder, check_free
+from horsepower.runtime.replay import Replay, capture
 
 Env = dict[str, Any]
 Step = Callable[[Env], None]
@@ -72,29 +74,39 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Arena:
-    """Memory for one run at a time, and the programs that were made for it."""
+    """Memory for one run at a time, and the programs that were made for it.
+
+    On a GPU a program's first run records it, its second captures it as a CUDA graph; from then on that is replayed.
+    """
 
     def __init__(self, plan: Plan, fixed: Env):
         self._plan, self._fixed = plan, fixed
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._programs: OrderedDict[tuple[int, ...], _Program] = OrderedDict()
+        self._order = StreamOrder(plan.device)
 
     def run(self, given: list[Any], sizes: Mapping[str, int]) -> list[Any]:
         """The flattened outputs."""
         key = (*sizes.values(), torch.get_num_threads())  # scratch memory is as large as there are threads
-        if (program := self._programs.get(key)) is None:
-            layout = self._plan.at(sizes)
-            if layout.arena > self._memory.numel():
-                self._programs.clear()  # they refer to the smaller arena
-                self._memory = torch.empty(layout.arena, dtype=torch.uint8, device=layout.device)
-            program = _Program(self._plan, self._fixed, layout, self._memory)
-            flat = program.record(given)
-            self._programs[key] = program
-            if len(self._programs) > PROGRAMS:
-                self._programs.popitem(last=False)
-            return flat
-        self._programs.move_to_end(key)
-        return program.run(given)
+        with self._order:
+            if (program := self._programs.get(key)) is None:
+                return self._first(key, given, self._plan.at(sizes))
+            self._programs.move_to_end(key)
+            return program.run(given)
+
+    def _first(self, key: tuple[int, ...], given: list[Any], layout: Layout) -> list[Any]:
+        if layout.arena > self._memory.numel():
+            self._programs.clear()  # they refer to the smaller arena
+            self._order.finish()
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            check_free(layout.arena, layout.device)
+            self._memory = torch.empty(layout.arena, dtype=torch.uint8, device=layout.device)
+        program = _Program(self._plan, self._fixed, layout, self._memory)
+        flat = program.record(given)
+        self._programs[key] = program
+        if len(self._programs) > PROGRAMS:
+            self._programs.popitem(last=False)
+        return flat
 
 
 class _Program:
@@ -110,6 +122,8 @@ class _Program:
         self._steps: list[Step] = []
         self._sizes = {rule.name for rule in plan.contract.rules if isinstance(rule, IntegerRule)}
         self._held = {x.untyped_storage().data_ptr() for x in (memory, *fixed.values()) if isinstance(x, Tensor)}
+        self._captures = layout.device.type == "cuda"
+        self._replay: Replay | None = None
 
     def record(self, given: list[Any]) -> list[Any]:
         """The first run: bind and execute call by call."""
@@ -119,14 +133,22 @@ class _Program:
                 step(env)
                 self._steps.append(step)
                 self._check_written(i, call)
-        return self._outputs(env, given)
+        return self._own(self._results(env), given)
 
     def run(self, given: list[Any]) -> list[Any]:
         """A further run, with inputs of the same sizes."""
+        if self._captures:
+            self._captures = False
+            self._replay = capture(self._values, given)
+        if self._replay is not None:
+            return self._replay.run(given)
+        return self._own(self._values(given), given)
+
+    def _values(self, given: list[Any]) -> list[Any]:
         env = self._inputs(given)
         for step in self._steps:
             step(env)
-        return self._outputs(env, given)
+        return self._results(env)
 
     def _inputs(self, given: list[Any]) -> Env:
         return {name: value for name, value in zip(self._plan.inputs, given, strict=True) if name}
@@ -177,11 +199,13 @@ class _Program:
                 if tuple(x.shape) != self._layout.results[i, k].spec.shape:
                     raise RuntimeError(f"{call.target}: made {list(x.shape)}, planned: {call.makes[k]}")
 
-    def _outputs(self, env: Env, given: list[Any]) -> list[Any]:
+    def _results(self, env: Env) -> list[Any]:
+        values = {**env, **self._placed}
+        return [values[value.name] if isinstance(value, Ref) else value for value in self._plan.outputs]
+
+    def _own(self, flat: list[Any], given: list[Any]) -> list[Any]:
         """What the plan returns, copied if its memory is the plan's or the caller's."""
         held = self._held | {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
-        values = {**env, **self._placed}
-        flat = [values[value.name] if isinstance(value, Ref) else value for value in self._plan.outputs]
         return [x.clone() if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in held else x for x in flat]
 
 

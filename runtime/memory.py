@@ -1,9 +1,8 @@
 """What a clip needs, known before anything is allocated."""
 
-import os
-
 import torch
 
+from horsepower.runtime.devices import free_bytes
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.models.text import MAX_TOKENS
@@ -43,19 +42,6 @@ def picture_bytes(grid: Grid) -> int:
     """The finished frames, uint8."""
     width, height = grid.pixels
     return (4 * grid.frames - 3) * width * height * 3
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on the device, the caching allocator's own reserve counted in."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            fields = dict(line.split(":", 1) for line in f)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_fits(needed: int, grid: Grid, device: torch.device) -> None:

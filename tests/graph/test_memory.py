@@ -85,11 +85,11 @@ def test_sizes_are_asked_for_when_a_plan_is_laid_out():
         call("b", "aten.scaled_dot_product_attention.default", Ref("a"), made=spec(2 * rows + 1)),
         call("c", "aten.relu.default", Ref("b"), made=spec(2 * rows + 1, dtype=torch.bfloat16)),
     ]
-    layout = lay_out(calls, [Ref("c")], {}, {"video_0": 1000}, "cpu")
+    layout = lay_out(calls, [Ref("c")], {}, {"video_0": 1000}, torch.device("cpu"), "cpu")
     assert layout.results[0, 0].spec.shape == (1000, 8)
     assert (1, 0) not in layout.results  # the operator allocates what it returns
     assert layout.arena == aligned(32000)
     assert layout.peak == layout.arena + aligned(8004)
-    assert lay_out(calls, [Ref("c")], {}, {"video_0": 0}, "cpu").arena == ALIGNMENT
+    assert lay_out(calls, [Ref("c")], {}, {"video_0": 0}, torch.device("cpu"), "cpu").arena == ALIGNMENT
     with pytest.raises(ValueError, match="sizes: got no video_0"):
-        lay_out(calls, [Ref("c")], {}, {"audio_0": 1000}, "cpu")
+        lay_out(calls, [Ref("c")], {}, {"audio_0": 1000}, torch.device("cpu"), "cpu")

@@ -98,14 +98,21 @@ def test_heads_are_paired_for_one_attention_alone(reader, paired):
 
 
 def test_a_plan_for_a_gpu_that_is_not_there():
-    model = random_model(TINY)
-    inputs = random_inputs(TINY, 3, 2, 5, 4)
+    model = random_model(replace(TINY, hidden_size=256, head_dim=128))
+    inputs = random_inputs(model.config, 3, 2, 5, 4)
     here, there = (
         compile(model, (*inputs, 3), dynamic_shapes=DYNAMIC, target=target).plan for target in ("cpu", "sm_90")
     )
-    fused = [call for call in there.calls if "linear_" in call.target]
-    assert len(fused) == 4 * TINY.num_layers - 1
-    assert not [call for call in here.calls if "linear_" in call.target]
+    for op in ("linear_qk_norm_rope", "linear_activation"):
+        counts = [sum(call.target == f"horsepower.{op}.default" for call in plan.calls) for plan in (here, there)]
+        assert counts == [0, TINY.num_layers]
     assert there.target == "sm_90"
     with pytest.raises(ValueError, match=r"target: got 'sm_70', allowed: cpu, sm_80, sm_90"):
         compile(model, (*inputs, 3), dynamic_shapes=DYNAMIC, target="sm_70")
+
+
+def test_what_no_kernel_takes_becomes_its_parts():
+    module, x = Attention(attend), torch.randn(5, 8)
+    graph = passes.run(replace(capture(module, (x,)), target="sm_90"))
+    assert FUSED not in [node.target for node in graph.nodes.nodes]
+    assert "linear_qk_norm_rope: a head has 8 dimensions, not 128" in [site.refused for site in graph.sites]
