@@ -23,7 +23,7 @@ SCHEMA = (
     "(Tensor residual, Tensor branch, Tensor? post_gain, Tensor gain, SymInt[] counts, float eps, ScalarType dtype) "
     "-> (Tensor, Tensor)"
 )
-FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def outputs(
@@ -80,6 +80,8 @@ def native_supports(
         return "residual and gains are not float32"
     if torch.float64 in (branch.dtype, dtype):
         return "float64"
+    if torch.float16 in (branch.dtype, dtype):
+        return "float16"
     return refuses(residual, branch, *gains)
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from horsepower.kernels.add_rms_norm import outputs as add_outputs
 from horsepower.kernels.linear import outputs as linear_outputs
 from horsepower.kernels.registry import fused, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor x, Tensor weight, int experts, Tensor residual, Tensor? post_gain, Tensor gain, SymInt[] counts, "
     "float eps, ScalarType dtype) -> (Tensor, Tensor)"
 )
+SQUARES_COLUMNS = 128  # the least that a tile has whose squares are summed
 
 
 def outputs(
@@ -40,4 +42,17 @@ def expand(
     return call(getitem, both, 0), call(getitem, both, 1)
 
 
-LINEAR_ADD_RMS_NORM = register(fused("linear_add_rms_norm", SCHEMA, outputs, expand))
+def workspace(x: Tensor, weight: Tensor, experts: int, *_: object) -> int:
+    """Bytes for the sums of squares of each row and tile, float32."""
+    return x.shape[0] * -(-(weight.shape[0] // experts) // SQUARES_COLUMNS) * 4
+
+
+LINEAR_ADD_RMS_NORM = register(
+    fused(
+        "linear_add_rms_norm",
+        SCHEMA,
+        outputs,
+        expand,
+        kernels=(triton_kernel("linear_add_rms_norm", workspace),),
+    )
+)

@@ -1,5 +1,6 @@
 """The Triton kernels, imported when tensors on a GPU first ask for one."""
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -8,8 +9,8 @@ from torch import Tensor
 from horsepower.kernels.registry import Kernel
 
 
-def triton_kernel(name: str) -> Kernel:
-    """The kernel of `kernels/gpu/<name>.py`."""
+def triton_kernel(name: str, workspace: Callable[..., int] | None = None) -> Kernel:
+    """The kernel of `kernels/gpu/<name>.py`; `workspace` as in `Kernel`, since plans without a GPU ask for it too."""
 
     def module() -> Any:
         return import_module(f"horsepower.kernels.gpu.{name}")
@@ -22,4 +23,4 @@ def triton_kernel(name: str) -> Kernel:
     def run(outputs: tuple[Tensor, ...], workspace: Tensor | None, *inputs: Any) -> None:
         module().run(outputs, workspace, *inputs)
 
-    return Kernel("triton", supports, run, devices=("cuda",))
+    return Kernel("triton", supports, run, workspace, devices=("cuda",))

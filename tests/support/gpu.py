@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check(op: Op, twin: ModuleType, *inputs: Any, config: Config | None = None) -> tuple[Tensor, ...]:
-    """The twin writes every result, none further from float64 than the reference; outputs are poisoned first.
+    """The twin writes every result, none further from float64 than the reference; outputs and workspace are poisoned.
 
     `config`: another than the default one.
     """
@@ -22,11 +22,18 @@ def check(op: Op, twin: ModuleType, *inputs: Any, config: Config | None = None) 
     outputs = op.outputs(*inputs)
     for output in outputs:
         output.fill_(torch.nan)
-    twin.run(outputs, None, *inputs, config=config)
+    twin.run(outputs, workspace(op, *inputs), *inputs, config=config)
     wide = [_wide(value) for value in inputs]
     for got, eager, exact in zip(outputs, op.reference(*inputs), op.reference(*wide), strict=True):
         check_exactness(got, eager, exact)
     return outputs
+
+
+def workspace(op: Op, *inputs: Any) -> Tensor | None:
+    """What the twin asks for, filled with NaN."""
+    kernel = next(each for each in op.kernels if each.name == "triton")
+    size = kernel.workspace(*inputs) if kernel.workspace else 0
+    return torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) if size else None
 
 
 def _wide(value: Any) -> Any:

@@ -1,0 +1,194 @@
+"""A branch's last projection by tiles, which add the residual and sum squares; a second kernel norms the rows.
+
+Where a row's sum of squares comes from many tiles, each writes its part: sums in a fixed order, and no atomics.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from horsepower.kernels.gpu.launch import Config, default, launch
+from horsepower.kernels.gpu.tiles import (
+    ROWS,
+    descriptor,
+    launch_tiles,
+    pitched,
+    product,
+    refuses,
+    row_tiles,
+    store,
+    tile_at,
+    writable,
+)
+from horsepower.kernels.linear_add_rms_norm import SQUARES_COLUMNS
+from horsepower.kernels.modality import first_rows
+
+
+@triton.jit
+def halves(u, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of u's columns; they stay in the registers where they are."""
+    return tl.split(tl.permute(tl.reshape(u, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def added(
+    branch, residual, residual_pitch, out, out_pitch, row, end, column, N: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, UNIT: tl.constexpr, STORE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Write branch + residual [BM, BN]; its sums of squares [BM]."""
+    at = column + tl.arange(0, BN)
+    if TMA:  # a pointer would spill
+        total = branch + residual.load([row, column]).to(tl.float32)
+    else:
+        rows = tl.arange(0, BM)
+        pitch = residual_pitch * UNIT
+        first = residual + row.to(tl.int64) * pitch + (rows[:, None] * pitch + at[None, :])
+        inside = (row + rows < end)[:, None] & (at < N)[None, :]
+        total = branch + tl.load(first, mask=inside, other=0.0).to(tl.float32)
+    store(out, out_pitch, row, end, column, N, total, BM, BN, STORE)
+    if N % BN:
+        total = tl.where((at < N)[None, :], total, 0.0)
+    return tl.sum(total * total, axis=1)
+
+
+@triton.jit(do_not_specialize=ROWS)
+def linear_add_kernel(
+    a, b, a_pitch, b_pitch, second, third, L, residual, residual_pitch, out, out_pitch, squares, N: tl.constexpr,
+    K: tl.constexpr, EXPERTS: tl.constexpr, UNIT: tl.constexpr, STORE: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = BN // 4
+    columns = tl.cdiv(N, BN)
+    tiles = row_tiles(second, third, L, EXPERTS, BM) * columns
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA == 1):
+        row, end, expert, n = tile_at(tile, columns, second, third, L, EXPERTS, BM, GROUP)
+        b_row = expert * N + n * BN
+        acc = product(a, b, a_pitch, b_pitch, row, end, b_row, expert * N + N, K, BM, BN, BK, TMA)
+        left, right = halves(acc, BM, BN)  # quarters: shared memory has no room for a whole tile of residuals
+        a0, a1 = halves(left, BM, BN // 2)
+        a2, a3 = halves(right, BM, BN // 2)
+        parts = (a0, a1, a2, a3)
+        sums = tl.zeros((BM,), tl.float32)
+        for i in tl.static_range(4):
+            column = n * BN + i * WIDTH
+            sums += added(
+                parts[i], residual, residual_pitch, out, out_pitch, row, end, column, N, BM, WIDTH, UNIT, STORE, TMA
+            )
+        rows = tl.arange(0, BM)
+        tl.store(squares + row.to(tl.int64) * columns + rows * columns + n, sums, mask=row + rows < end)
+
+
+@triton.jit(do_not_specialize=("second", "third"))
+def norm_kernel(
+    total, squares, gain, out, second, third, eps, C: tl.constexpr, PITCH: tl.constexpr, OUT_PITCH: tl.constexpr,
+    TILES: tl.constexpr, MANY: tl.constexpr, GAINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < C
+    tile = tl.arange(0, MANY)
+    sums = tl.load(squares + row * TILES + tile, mask=tile < TILES, other=0.0)
+    if GAINS > 1:
+        gain += ((row >= second).to(tl.int32) + (row >= third).to(tl.int32)) * C
+    v = tl.load(total + row * PITCH + column, mask=inside, other=0.0).to(tl.float32)
+    v *= tl.rsqrt(tl.sum(sums) / C + eps) * tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * OUT_PITCH + column, v.to(out.dtype.element_ty), mask=inside)
+
+
+NORM = Config(4, 1, {"BLOCK": 1024})
+CONFIGS = {
+    "sm_90": (
+        Config(8, 3, {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "TMA": 1}),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 1}),
+    ),
+    "sm_80": (  # 128 x 256 spills
+        Config(8, 4, {"BM": 256, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0}),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0}),
+    ),
+}
+# the norm, told by its MUFU.RSQ, has no products
+CLAIMS = {"sm_90": ("HGMMA|MUFU.RSQ", "UTMALDG|MUFU.RSQ"), "sm_80": ("HMMA|MUFU.RSQ", "LDGSTS|MUFU.RSQ")}
+
+
+def supports(
+    x: Tensor, weight: Tensor, experts: int, residual: Tensor, post_gain: Tensor | None, gain: Tensor,
+    counts: Sequence[int], eps: float, dtype: torch.dtype,
+) -> str | None:  # fmt: skip
+    """Why the kernel cannot take these inputs, or None."""
+    if post_gain is not None:
+        return "the branch is normed before it is added, and no tile has all of a row"
+    if torch.float64 in (residual.dtype, gain.dtype, dtype):
+        return "float64"
+    if not pitched(residual) or gain.stride(0) != 1:
+        return "residual or gain cannot be read as they lie"
+    return refuses(x, weight)
+
+
+def run(
+    out: tuple[Tensor, Tensor], workspace: Tensor | None, x: Tensor, weight: Tensor, experts: int, residual: Tensor,
+    post_gain: Tensor | None, gain: Tensor, counts: Sequence[int], eps: float, dtype: torch.dtype,
+    config: Config | None = None,
+) -> None:  # fmt: skip
+    """Two kernels; sums and norm in float32. Rows of x, weight, residual and the results may be padded."""
+    total, normed = out
+    L, C = residual.shape
+    config = config or default(CONFIGS, x)
+    cut = config.constants
+    if not residual.numel():
+        return
+    assert workspace is not None
+    assert cut["BN"] >= SQUARES_COLUMNS
+    tiles = triton.cdiv(C, cut["BN"])
+    squares = workspace[: L * tiles * 4].view(torch.float32)
+    unit = gcd(residual.stride(0), 8)
+    target, pitch, form = writable(total, experts, config, cut["BN"] // 4)
+    launch_tiles(
+        linear_add_kernel,
+        x,
+        weight,
+        experts,
+        counts,
+        descriptor(residual, cut["BM"], cut["BN"] // 4) if cut["TMA"] else residual,
+        residual.stride(0) // unit,
+        target,
+        pitch,
+        squares,
+        config=config,
+        UNIT=unit,
+        STORE=form,
+    )
+    gains = gain.shape[0] // C
+    launch(
+        norm_kernel,
+        (L, triton.cdiv(C, NORM.constants["BLOCK"])),
+        total,
+        squares,
+        gain,
+        normed,
+        *first_rows(gains == 3, counts, L),
+        eps,
+        C=C,
+        PITCH=total.stride(0),
+        OUT_PITCH=normed.stride(0),
+        TILES=tiles,
+        MANY=triton.next_power_of_2(tiles),
+        GAINS=gains,
+        config=NORM,
+    )
+
+
+def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The projections that end the DiT's branches: of the attention, and of the MLP with its padded rows."""
+    for experts, width in ((1, 5120), (1, 13652), (3, 13652), (3, 20480)):
+        x, weight = (
+            torch.empty(rows, triton.cdiv(width, 128) * 128, dtype=torch.bfloat16, device="meta")[:, :width]
+            for rows in (4300, experts * 5120)
+        )
+        residual, gain = torch.empty(4300, 5120, device="meta"), torch.empty(experts * 5120, device="meta")
+        inputs = (x, weight, experts, residual, None, gain, [4000, 100, 200], 1e-6, torch.bfloat16)
+        yield f"{width} x 5120, {experts} experts", inputs
