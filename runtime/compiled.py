@@ -17,7 +17,7 @@ from horsepower.graph.key import key_of
 from horsepower.graph.plan import Plan, plan_of
 from horsepower.kernels.target import check_target, target_of
 from horsepower.runtime.cache import find, keep
-from horsepower.runtime.executor import Executor, weights_of
+from horsepower.runtime.executor import Around, Executor, weights_of
 
 _log = logging.getLogger("horsepower")
 
@@ -39,6 +39,10 @@ class Compiled:
         """The module's result. Raises ValueError for inputs that break the contract."""
         self._snapshot.check()
         return self._run(*args, **kwargs)
+
+    def watched(self, around: Around) -> Executor:
+        """As `Executor.watched`: a twin for profiles, which does not check that the module is as it was."""
+        return self._run.watched(around)
 
     def peak(self, *args: Any, **kwargs: Any) -> int:
         """Bytes of activations for inputs of these sizes; weights, inputs and outputs apart. Raises as a call does."""

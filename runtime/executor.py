@@ -1,5 +1,6 @@
 """Plan + weights + inputs -> outputs, in an arena whose tensors are made once for each set of sizes."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from horsepower.runtime.replay import Replay, capture
 Env = dict[str, Any]
 Step = Callable[[Env], None]
 Read = Callable[[Env], tuple[list[Any], dict[str, Any]]]
+Around = Callable[[Call, Step], Step]  # what is executed in a step's stead
 
 PROGRAMS = 8  # sets of sizes that an arena remembers: a prompt has its own token count, and a clip several steps
 
@@ -48,6 +50,16 @@ class Executor:
         used = {name for call in plan.calls for name in call.reads} | set(refs_in(plan.outputs))
         self._fixed = {name: value for name, value in fixed.items() if name in used}
         self._idle: list[_Arena] = []
+        self._around: Around = lambda _, step: step
+
+    def watched(self, around: Around) -> "Executor":
+        """An executor of the same plan and weights, in arenas of its own, that executes `around(call, step)`.
+
+        `around` is asked when a call is bound, at the first run with new sizes; other executors pay nothing.
+        """
+        twin = copy.copy(self)
+        twin._idle, twin._around = [], around
+        return twin
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Check the inputs, run the calls. Outputs share memory with nothing that the plan holds or was given.
@@ -58,7 +70,7 @@ class Executor:
         try:
             arena = self._idle.pop()
         except IndexError:
-            arena = _Arena(self.plan, self._fixed)
+            arena = _Arena(self.plan, self._fixed, self._around)
         try:
             with torch.inference_mode(False), torch.no_grad():  # an arena made in that mode could not be used outside
                 flat = arena.run(given, sizes)
@@ -79,8 +91,8 @@ class _Arena:
     On a GPU a program's first run records it, its second captures it as a CUDA graph; from then on that is replayed.
     """
 
-    def __init__(self, plan: Plan, fixed: Env):
-        self._plan, self._fixed = plan, fixed
+    def __init__(self, plan: Plan, fixed: Env, around: Around):
+        self._plan, self._fixed, self._around = plan, fixed, around
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._programs: OrderedDict[tuple[int, ...], _Program] = OrderedDict()
         self._order = StreamOrder(plan.device)
@@ -101,7 +113,7 @@ class _Arena:
             self._memory = torch.empty(0, dtype=torch.uint8)
             check_free(layout.arena, layout.device)
             self._memory = torch.empty(layout.arena, dtype=torch.uint8, device=layout.device)
-        program = _Program(self._plan, self._fixed, layout, self._memory)
+        program = _Program(self._plan, self._fixed, layout, self._memory, self._around)
         flat = program.record(given)
         self._programs[key] = program
         if len(self._programs) > PROGRAMS:
@@ -116,8 +128,8 @@ class _Program:
     nothing fresh is bound once: its views are made, its kernel is chosen. Another is bound at each run.
     """
 
-    def __init__(self, plan: Plan, fixed: Env, layout: Layout, memory: Tensor):
-        self._plan, self._layout, self._memory = plan, layout, memory
+    def __init__(self, plan: Plan, fixed: Env, layout: Layout, memory: Tensor, around: Around):
+        self._plan, self._layout, self._memory, self._around = plan, layout, memory, around
         self._placed = dict(fixed)
         self._steps: list[Step] = []
         self._sizes = {rule.name for rule in plan.contract.rules if isinstance(rule, IntegerRule)}
@@ -130,6 +142,7 @@ class _Program:
         env = self._inputs(given)
         for i, call in enumerate(self._plan.calls):
             if step := self._bound(i, call, env):
+                step = self._around(call, step)
                 step(env)
                 self._steps.append(step)
                 self._check_written(i, call)

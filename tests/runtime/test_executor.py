@@ -170,3 +170,23 @@ def test_a_failed_run_leaves_the_plan_usable():
     with pytest.raises(ValueError, match="frames: got 4 for 6"):
         run(*good[:4], 4)
     assert all(torch.equal(a, b) for a, b in zip(run(*good), want, strict=True))
+
+
+def test_a_watched_twin_executes_what_it_is_told_and_leaves_the_first_alone():
+    model, run = made("default")
+    inputs, seen = inputs_of(model, 3, 6, 5, 4), []
+
+    def around(call, step):
+        return lambda env: (seen.append(call), step(env))
+
+    twin = run.watched(around)
+    wanted = tree_leaves(run(*inputs))
+    assert seen == []
+    for _ in range(2):  # the run that binds, and another
+        seen.clear()
+        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(twin(*inputs)), wanted, strict=True))
+        assert seen == [call for call in run.plan.calls if call in seen]  # in their order, each once
+        assert {"horsepower.attention.default", "horsepower.linear.default"} <= {call.target for call in seen}
+    seen.clear()
+    run(*inputs)
+    assert seen == []
