@@ -62,11 +62,11 @@ class Tokens:
         return Tokens(video, audio, text, self.frames)
 
 
-def preset(name: str) -> DiT:
-    """A model of the built-in preset, in the dtype that the engine runs it in on this CPU. Raises ValueError."""
+def preset(name: str, device: str = "cpu") -> DiT:
+    """A model of the built-in preset, in the dtype that the engine runs it in on that device. Raises ValueError."""
     if name not in FOAL_MODELS:
         raise ValueError(f"variant: got {name!r}, allowed: {', '.join(FOAL_MODELS)}")
-    engine = Engine.from_pretrained("foal", device="cpu", mode="eager")
+    engine = Engine.from_pretrained("foal", device=device, mode="eager")
     return Foal(engine.device, engine.dtype).dit(name)
 
 
@@ -80,15 +80,17 @@ def released(name: str) -> DiT:
 def inputs(model: DiT, tokens: Tokens) -> tuple[Any, ...]:
     """Arguments of `model.velocity`: noise as in the first step, random text, the coordinates of such a clip."""
     generator = torch.Generator().manual_seed(0)
-    config, master = model.config, model.final_linear_video.weight.dtype
+    config, like = model.config, model.final_linear_video.weight
 
     def normal(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).to(master)
+        return torch.randn(rows, columns, generator=generator).to(like)
 
     video, audio = normal(tokens.video, config.video_in_channels), normal(tokens.audio, config.audio_in_channels)
     place = tokens.video // tokens.frames
     rows = max(n for n in range(1, math.isqrt(place) + 1) if place % n == 0)
     grid = Grid(tokens.frames, rows * PATCH, place // rows * PATCH, tokens.audio)
     with torch.no_grad():
-        condition = model.condition(normal(tokens.text, config.text_in_channels), coordinates(grid, tokens.text))
+        condition = model.condition(
+            normal(tokens.text, config.text_in_channels), coordinates(grid, tokens.text).to(like.device)
+        )
     return video, audio, condition, tokens.frames

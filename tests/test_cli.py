@@ -79,6 +79,12 @@ def test_quiet_says_nothing(tmp_path):
         (("explain", "--variant", "huge"), "variant"),
         (("explain", "--tokens", "4,-1,2"), "tokens"),
         (("explain", "--html", "/nowhere/report.html"), "file"),
+        (("profile", "--rounds", "2"), "rounds"),
+        (("profile", "--trace", "/nowhere/trace.json"), "file"),
+        (("profile", "--trace", "trace.txt"), "trace"),
+        (("profile", "--device", "tpu"), "device"),
+        (("profile", "--variant", "huge", "--device", "cpu"), "variant"),
+        (("profile", "--once", "--device", "cpu"), "once"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, field, capsys, tmp_path, monkeypatch):
@@ -165,7 +171,7 @@ def test_progress_is_one_line_a_stage(capsys):
 def small(monkeypatch):
     """The preset's commands on a model of one layer."""
     config = replace(TINY, num_layers=1, mm_layers=(0,), gelu7_layers=())
-    monkeypatch.setattr(preset_step, "preset", lambda name: random_model(config))
+    monkeypatch.setattr(preset_step, "preset", lambda name, device="cpu": random_model(config))
 
 
 REPORTS = ("--tokens", "12,5,3", "--frames", "3", "--json", "report.json", "--html", "report.html")
@@ -230,6 +236,21 @@ def test_explain_says_what_is_fused_and_what_is_refused(small, capsys, tmp_path,
     page = Path("report.html").read_text()
     assert page.count("<svg") == 2
     assert "linear_qkv.weight" in page
+
+
+def test_profile_says_where_a_step_spends_its_time(small, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(("profile", *REPORTS, "--rounds", "3", "--device", "cpu", "--trace", "trace.json")) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"attention +1 ", said)
+    assert "No telemetry of a GPU: " in said
+    assert "--tokens 12,5,3 --frames 3" in said
+    tables = {table["title"]: table["rows"] for table in json.loads(Path("report.json").read_text())["tables"]}
+    assert {"attention", "activation", "(outside of entries)"} <= {row["entry"] for row in tables["By kind of entry"]}
+    assert "block.layers.0" in {row["block"] for row in tables["By block"]}
+    ranges = {event.get("name") for event in json.loads(Path("trace.json").read_text())["traceEvents"]}
+    assert {row["entry"] for row in tables["The slowest entries"]} <= ranges
+    assert Path("report.html").read_text().count("<svg") == 2
 
 
 def test_doctor(capsys):

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(explain, _explain, ("foal", "released"))
     explain.add_argument("--target", default="cpu", help="cpu, sm_80 or sm_90 (default: %(default)s)")
     _add_kernels(commands.add_parser("kernels", help="compile the GPU kernels, read their machine code; needs no GPU"))
+    _add_profile(commands.add_parser("profile", help="say where a step spends its time, entry by entry of its plan"))
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -135,6 +136,14 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report for programs")
     parser.add_argument("--html", metavar="FILE", help="write the report as one page")
     parser.set_defaults(command=_kernels)
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    _add_report(parser, _profile, ("foal",))
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="profiled steps (default: 7)")
+    parser.add_argument("--trace", metavar="FILE", help="write them for ui.perfetto.dev or chrome://tracing")
+    parser.add_argument("--once", action="store_true", help="run one step, for ncu and nsys, and report nothing")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -256,6 +265,25 @@ def _kernels(arguments: argparse.Namespace) -> int:
     passed, report = gate_kernels(arguments.arch, arguments.op)
     _publish(arguments, report, report)
     return 0 if passed else 1
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    _prepare_process()
+    import torch
+
+    from horsepower.bench.profile import Options, profile, run_once
+    from horsepower.bench.step import Tokens
+
+    _check_files(arguments)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = {name: getattr(arguments, name) for name in ("rounds", "trace") if getattr(arguments, name) is not None}
+    options = Options(Tokens.parse(arguments.tokens, arguments.frames), arguments.variant, device, **given)
+    if arguments.once:
+        print(run_once(options))
+        return 0
+    report = profile(options)
+    _publish(arguments, report, report)
+    return 0
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

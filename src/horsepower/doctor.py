@@ -26,7 +26,7 @@ PACKAGES = (
     ("triton", "fused GPU kernels; no kernel needs it yet", "no kernel needs it yet"),
     ("flash-attn", "faster GPU attention; not used yet", "torch's own attention is used"),
     ("transformer-engine", "FP8 on Hopper; not used yet", "not used yet"),
-    ("nvidia-ml-py", "power and clocks in profiles; not used yet", "not used yet"),
+    ("nvidia-ml-py", "power and clocks of a GPU in `horsepower profile`", "profiles do without power and clocks"),
 )
 
 
