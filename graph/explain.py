@@ -86,7 +86,7 @@ def measure(
     captured: Graph, compiled: Graph, changed: Mapping[Name, Sequence[str]], inputs: Sequence[Any]
 ) -> Explanation:
     """changed: the passes behind each value, from `provenance.rewrite`. inputs: the flattened inputs, on any device."""
-    before, after = _Measured.of(captured, inputs), _Measured.of(compiled, inputs)
+    before, after = Measured.of(captured, inputs), Measured.of(compiled, inputs)
     fixed = compiled.fixed()
     run = {node: work for node, work in after.work.items() if node not in fixed}
     sites = [(region, region.rewrite(changed)) for region in regions(captured, compiled)]
@@ -154,14 +154,16 @@ def _refusals(sites: Sequence[Site]) -> tuple[Refusal, ...]:
 
 
 @dataclass
-class _Measured:
+class Measured:
     """A graph run on tensors without memory."""
 
     work: dict[fx.Node, Work] = field(default_factory=dict)  # of each call that computes
+    sizes: dict[fx.Node, int] = field(default_factory=dict)  # bytes of each value, inputs and weights included
     peak: int = 0
 
     @classmethod
-    def of(cls, graph: Graph, inputs: Sequence[Any]) -> "_Measured":
+    def of(cls, graph: Graph, inputs: Sequence[Any]) -> "Measured":
+        """inputs: the flattened inputs, on any device."""
         made = cls()
         alive = _Alive(graph)
         given = (x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
@@ -178,6 +180,7 @@ class _Measured:
                     cost = _cost(node.target, args, kwargs, env[node])
                     made.work[node] = Work(1, cost.flops, cost.bytes)
                 made.peak = max(made.peak, alive.after(node, env))
+        made.sizes = {node: _size(value) for node, value in env.items()}
         return made
 
 
@@ -213,14 +216,18 @@ def _places(value: Any) -> list[tuple[int, int]]:
     return [(x.untyped_storage()._cdata, x.untyped_storage().nbytes()) for x in tensors]
 
 
+def _size(value: Any) -> int:
+    """Bytes of all tensors in a value."""
+    return sum(x.numel() * x.itemsize for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
+
+
 def _cost(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Cost:
     """Of one call on tensors of known sizes."""
     if op := op_of(str(target)):
         return op.cost(*args)
     read = {id(x): x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
     written = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-    moved = sum(x.numel() * x.itemsize for x in (*read.values(), *written))
-    return Cost(_flops(target, args, kwargs, written), moved)
+    return Cost(_flops(target, args, kwargs, written), _size([*read.values(), *written]))
 
 
 def _flops(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], written: Sequence[Tensor]) -> int:
