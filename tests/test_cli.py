@@ -14,6 +14,7 @@ import torch
 from horsepower import cli, doctor
 from horsepower.bench import step as preset_step
 from horsepower.kernels.registry import OPS, Kernel
+from horsepower.runtime.models.dit import DiT
 from models import TINY, random_model
 
 
@@ -85,6 +86,11 @@ def test_quiet_says_nothing(tmp_path):
         (("profile", "--device", "tpu"), "device"),
         (("profile", "--variant", "huge", "--device", "cpu"), "variant"),
         (("profile", "--once", "--device", "cpu"), "once"),
+
+
+        (("roofline", "--gpu", "b1"), "gpu"),
+        (("roofline", "--resolution", "8k"), "resolution"),
+        (("roofline", "--tokens", "7,2,1", "--frames", "2"), "frames"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, field, capsys, tmp_path, monkeypatch):
@@ -251,6 +257,24 @@ def test_profile_says_where_a_step_spends_its_time(small, capsys, tmp_path, monk
     ranges = {event.get("name") for event in json.loads(Path("trace.json").read_text())["traceEvents"]}
     assert {row["entry"] for row in tables["The slowest entries"]} <= ranges
     assert Path("report.html").read_text().count("<svg") == 2
+
+
+def test_roofline_says_what_a_step_must_take_and_that_nothing_was_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preset_step, "released", lambda name: DiT(TINY, device="meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(("roofline", "--gpu", "a100", *REPORTS)) == 0
+    said = capsys.readouterr().out
+    assert "distill, 12,5,3 tokens in 3 frames, on one NVIDIA A100" in said
+    assert "max(FLOPs / rate of its unit, bytes / bandwidth)" in said
+    assert "Measured times are missing: this machine has no GPU" in said
+    tables = {table["title"]: table["rows"] for table in json.loads(Path("report.json").read_text())["tables"]}
+    rungs, kernels = tables["The ladder of a step"], tables["The plan's kernels"]
+    assert [rung["compiled so"] for rung in rungs] == ["eager", "chains fused", "plan", "epilogues inside"]
+    assert sum(row["runs"] for row in kernels) == rungs[2]["kernels"]
+    assert sum(row["all of them ms"] for row in kernels) == pytest.approx(rungs[2]["predicted ms"])
+    assert {row["measured us"] for row in kernels} == {None}
+    assert Path("report.html").read_text().count("<svg") == 1
 
 
 def test_doctor(capsys):

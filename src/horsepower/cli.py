@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--target", default="cpu", help="cpu, sm_80 or sm_90 (default: %(default)s)")
     _add_kernels(commands.add_parser("kernels", help="compile the GPU kernels, read their machine code; needs no GPU"))
     _add_profile(commands.add_parser("profile", help="say where a step spends its time, entry by entry of its plan"))
+    _add_roofline(commands.add_parser("roofline", help="say what a step of the released model must take on a GPU"))
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -144,6 +145,18 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, metavar="N", help="profiled steps (default: 7)")
     parser.add_argument("--trace", metavar="FILE", help="write them for ui.perfetto.dev or chrome://tracing")
     parser.add_argument("--once", action="store_true", help="run one step, for ncu and nsys, and report nothing")
+
+
+def _add_roofline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200 or a100 (default: %(default)s)")
+    parser.add_argument(
+        "--resolution", default="256p", metavar="R", help="256p, 540p or 1080p: its last stage (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", metavar="V,A,T", help="of video, audio, text (default: those of a clip of 5 s)")
+    parser.add_argument("--frames", type=int, default=1, metavar="N", help="latent frames of those tokens (default: 1)")
+    parser.add_argument("--json", metavar="FILE", help="write the report for programs")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page")
+    parser.set_defaults(command=_roofline)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -282,6 +295,18 @@ def _profile(arguments: argparse.Namespace) -> int:
         print(run_once(options))
         return 0
     report = profile(options)
+    _publish(arguments, report, report)
+    return 0
+
+
+def _roofline(arguments: argparse.Namespace) -> int:
+    _prepare_process()
+    from horsepower.bench.step import Tokens
+    from horsepower.predicting import predict
+
+    _check_files(arguments)
+    tokens = Tokens.parse(arguments.tokens, arguments.frames) if arguments.tokens else None
+    report = predict(arguments.gpu, arguments.resolution, tokens)
     _publish(arguments, report, report)
     return 0
 

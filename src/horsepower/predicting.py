@@ -1,0 +1,128 @@
+"""`horsepower roofline`: what a step of the released model must take on a GPU, kernel by kernel, and by each fusion."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.utils import _pytree as pytree
+
+from horsepower.bench import step
+from horsepower.bench.measure import machine
+from horsepower.bench.plot import Bar, bars
+from horsepower.bench.report import Cell, Figure, Paragraph, Report, Table
+from horsepower.bench.roofline import GPU, GPUS, UNITS, Kernel, Rates, Rung, grouped, ladder
+from horsepower.bench.step import Tokens
+from horsepower.graph import provenance
+from horsepower.graph.capture import capture
+from horsepower.graph.graph import Graph
+from horsepower.graph.passes import PASSES, run
+from horsepower.graph.passes.lower import lower
+from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
+from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.presets import PIPELINES
+from horsepower.runtime.tokens import Grid
+
+SECONDS, TEXT = 5, 400  # of the clip that published times are of; tokens of a typical prompt
+LEGEND = (
+    "time of a kernel = max(FLOPs / rate of its unit, bytes / bandwidth); a step is the sum of its kernels. Units: "
+    "matrix, attention, vector (float32 without matrix units). FLOPs: 2 for a multiplication and an addition. Bytes: "
+    "what a kernel reads and writes, each once. floor: at the datasheet's rates. predicted: at the rates that the best "
+    "published kernels reach. Launches, a grid's last wave and caches are not counted."
+)
+LADDER = (
+    "Counted on the graph itself. Chains: connected elementwise calls, norms and copies between two products are one "
+    "kernel, the best that Inductor can do. Plan: as it is lowered now. Inside: each fused operator is one kernel; a "
+    "norm behind a product needs whole rows, so that this is a limit rather than a kernel. Not counted in any rung: a "
+    "product whose rows are not 16 bytes aligned (13652 columns) is slow unless it is padded."
+)
+
+
+def tokens_of(resolution: str) -> Tokens:
+    """Of the last stage of a pipeline (256p, 540p, 1080p), for a clip of 5 seconds."""
+    pipeline = PIPELINES[resolution]
+    grid = Grid.of(pipeline.width, pipeline.height, SECONDS * 25 + 1)
+    return Tokens(grid.video, grid.audio, TEXT, grid.frames)
+
+
+def graphs_of(model: DiT) -> tuple[Graph, Graph, Graph]:
+    """A step of a model on the meta device: captured, with its fusions, and lowered."""
+    captured = capture(model, velocity_example(model), None, VELOCITY_SHAPES, "velocity")
+    fused = provenance.snapshot(captured)
+    run(fused, [each for each in PASSES if each is not lower])
+    lowered = provenance.snapshot(fused)
+    return captured, fused, run(lowered, [lower])
+
+
+def rungs_of(model: DiT, tokens: Tokens) -> tuple[Rung, ...]:
+    """A step of a model on the meta device, as it runs before and after its fusions."""
+    return ladder(*graphs_of(model), pytree.tree_leaves(velocity_example(model, tokens.counts, tokens.frames)))
+
+
+def predict(gpu: str, resolution: str, tokens: Tokens | None = None) -> Report:
+    """The report on a denoising step of a pipeline's last stage; `tokens`: others than those of a clip of 5 seconds.
+
+    Raises ValueError for a GPU or a resolution that is not known.
+    """
+    for field, value, known in (("gpu", gpu, GPUS), ("resolution", resolution, PIPELINES)):
+        if value not in known:
+            raise ValueError(f"{field}: got {value!r}, allowed: {', '.join(known)}")
+    tokens = tokens or tokens_of(resolution)
+    variant = PIPELINES[resolution].super_resolution or "distill"
+    rungs = rungs_of(step.released(variant), tokens)
+    title = f"Roofline of a step: {variant}, {tokens} tokens in {tokens.frames} frames, on one {GPUS[gpu].name}"
+    parts = (Paragraph(LEGEND), _rates(GPUS[gpu]), _ladder(rungs, GPUS[gpu]), _plot(rungs, GPUS[gpu].reached))
+    return Report(title, machine(), (*parts, _kernels(rungs[2], GPUS[gpu]), Paragraph(_missing())))
+
+
+def _rates(gpu: GPU) -> Table:
+    def tera(rate: float | None) -> float | None:
+        return None if rate is None else rate / 1e12
+
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
+        (name, tera(getattr(gpu.peak, field)), tera(getattr(gpu.reached, field)))
+        for name, field in (
+            ("matrix, bfloat16, TFLOP/s", "matrix"),
+            ("matrix, FP8, TFLOP/s", "fp8"),
+            ("attention, bfloat16, TFLOP/s", "attention"),
+            ("vector, float32, TFLOP/s", "vector"),
+            ("memory, TB/s", "memory"),
+        )
+    )
+    return Table("Rates", (gpu.name, "datasheet", "reached"), rows, "No kernel of the plan is FP8 yet.")
+
+
+def _ladder(rungs: tuple[Rung, ...], gpu: GPU) -> Table:
+    eager = rungs[0].seconds(gpu.reached)
+    rows: list[tuple[Cell, ...]] = []
+    for rung in rungs:
+        whole, *parts = (rung.seconds(gpu.reached, unit) for unit in (None, *UNITS))
+        done = (len(rung.kernels), rung.total("flops") / 1e12, rung.total("bytes") / 1e9)
+        times = (rung.seconds(gpu.peak), *parts, whole)
+        rows.append((rung.name, *done, *(1e3 * t for t in times), eager / whole))
+    columns = ("compiled so", "kernels", "TFLOP", "GB", "floor ms", *(f"{unit} ms" for unit in UNITS), "predicted ms")
+    return Table("The ladder of a step", (*columns, "x eager"), tuple(rows), LADDER)
+
+
+def _plot(rungs: tuple[Rung, ...], rates: Rates) -> Figure:
+    times = [rung.seconds(rates) / rungs[-1].seconds(rates) for rung in rungs]
+    rows = [Bar(rung.name, time, time, time) for rung, time in zip(rungs, times, strict=True)]
+    return Figure("Predicted time of a step, in multiples of the last rung's", bars("Predicted time of a step", rows))
+
+
+def _kernels(plan: Rung, gpu: GPU, measured: Mapping[Kernel, float] | None = None) -> Table:
+    """measured: seconds of one run, of the kernels that were timed."""
+    rows: list[tuple[Cell, ...]] = []
+    for kernel, n in sorted(grouped(plan.kernels), key=lambda each: -each[1] * gpu.reached.seconds(each[0])):
+        floor, predicted = (rates.seconds(kernel) for rates in (gpu.peak, gpu.reached))
+        took = (measured or {}).get(kernel)
+        work = (kernel.flops / 1e9, kernel.bytes / 1e6, kernel.flops / kernel.bytes, gpu.reached.bound(kernel))
+        times = (1e6 * floor, 1e6 * predicted, 1e3 * n * predicted)
+        timed = (None, None) if took is None else (1e6 * took, floor / took)
+        rows.append((kernel.name, kernel.where, n, *work, *times, *timed))
+    done = ("kernel", "where", "runs", "GFLOP", "MB", "FLOP a byte", "waits for")
+    times_of = ("floor us", "predicted us", "all of them ms", "measured us", "share of the floor")
+    return Table("The plan's kernels", (*done, *times_of), tuple(rows), "GFLOP, MB and us are of one run.")
+
+
+def _missing() -> str:
+    why = "no kernel has been timed" if torch.cuda.is_available() else "this machine has no GPU"
+    return f"Measured times are missing: {why}. What is predicted here is arithmetic, not a measurement."
