@@ -15,7 +15,7 @@ from torch import fx
 
 from horsepower.graph.explain import Measured, block_of
 from horsepower.graph.graph import Graph
-from horsepower.graph.provenance import is_size, is_view, title
+from horsepower.graph.provenance import is_size, moves_nothing, title
 from horsepower.kernels.registry import op_of
 
 Unit = Literal["matrix", "attention", "vector"]
@@ -207,7 +207,7 @@ def _boundary(group: Sequence[fx.Node], found: Measured) -> int:
 
 
 def _base(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and is_view(node) and node.all_input_nodes:
+    while node.op == "call_function" and moves_nothing(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
@@ -215,7 +215,7 @@ def _base(node: fx.Node) -> fx.Node:
 def _users(node: fx.Node) -> Iterable[fx.Node]:
     """What reads a value, or views of it."""
     for user in node.users:
-        if user.op == "call_function" and is_view(user):
+        if user.op == "call_function" and moves_nothing(user):
             yield from _users(user)
         else:
             yield user

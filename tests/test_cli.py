@@ -86,8 +86,6 @@ def test_quiet_says_nothing(tmp_path):
         (("profile", "--device", "tpu"), "device"),
         (("profile", "--variant", "huge", "--device", "cpu"), "variant"),
         (("profile", "--once", "--device", "cpu"), "once"),
-
-
         (("roofline", "--gpu", "b1"), "gpu"),
         (("roofline", "--resolution", "8k"), "resolution"),
         (("roofline", "--tokens", "7,2,1", "--frames", "2"), "frames"),

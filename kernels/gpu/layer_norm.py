@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from horsepower.kernels.gpu.launch import Config, default, launch
-from horsepower.kernels.gpu.rows import WIDEST, places, refuses, step, tile
+from horsepower.kernels.gpu.rows import WIDEST, places, refuses, shared_row, step, tile
 from horsepower.kernels.native_library import pitch
 from horsepower.kernels.target import GPUS
 
@@ -26,9 +26,9 @@ def layer_norm_kernel(
         v = tl.where(column < C, v - tl.sum(v, axis=1, keep_dims=True) / C, 0.0)
     v *= tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / C + eps)
     if WEIGHT:
-        v *= tl.load(weight + column, mask=column < C, other=0.0).to(tl.float32)
+        v *= shared_row(weight, column, column < C)
     if BIAS:
-        v += tl.load(bias + column, mask=column < C, other=0.0).to(tl.float32)
+        v += shared_row(bias, column, column < C)
     tl.store(out + row * C + column, v.to(out.dtype.element_ty), mask=inside)
 
 

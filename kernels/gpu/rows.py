@@ -26,12 +26,17 @@ def places(ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def shared_row(x, column, mask):
+    """A row that every program reads, in float32: it is to stay in the caches while the others stream through."""
+    return tl.load(x + column, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+
+
+@triton.jit
 def gain_of(gain, row, column, inside, second, third, C: tl.constexpr, EXPERTS: tl.constexpr):
     """The gain of each row, in float32: one for all, or that of the row's modality."""
     if EXPERTS > 1:
-        gain += ((row >= second).to(tl.int32) + (row >= third).to(tl.int32)) * C
-        return tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
-    return tl.load(gain + column, mask=column < C, other=0.0).to(tl.float32)
+        return shared_row(gain + ((row >= second).to(tl.int32) + (row >= third).to(tl.int32)) * C, column, inside)
+    return shared_row(gain, column, column < C)
 
 
 def refuses(*tensors: Tensor | None) -> str | None:
