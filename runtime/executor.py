@@ -50,7 +50,7 @@ class Executor:
         used = {name for call in plan.calls for name in call.reads} | set(refs_in(plan.outputs))
         self._fixed = {name: value for name, value in fixed.items() if name in used}
         self._idle: list[_Arena] = []
-        self._around: Around = lambda _, step: step
+        self._around: Around | None = None
 
     def watched(self, around: Around) -> "Executor":
         """An executor of the same plan and weights, in arenas of its own, that executes `around(call, step)`.
@@ -91,7 +91,7 @@ class _Arena:
     On a GPU a program's first run records it, its second captures it as a CUDA graph; from then on that is replayed.
     """
 
-    def __init__(self, plan: Plan, fixed: Env, around: Around):
+    def __init__(self, plan: Plan, fixed: Env, around: Around | None):
         self._plan, self._fixed, self._around = plan, fixed, around
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._programs: OrderedDict[tuple[int, ...], _Program] = OrderedDict()
@@ -128,13 +128,13 @@ class _Program:
     nothing fresh is bound once: its views are made, its kernel is chosen. Another is bound at each run.
     """
 
-    def __init__(self, plan: Plan, fixed: Env, layout: Layout, memory: Tensor, around: Around):
+    def __init__(self, plan: Plan, fixed: Env, layout: Layout, memory: Tensor, around: Around | None):
         self._plan, self._layout, self._memory, self._around = plan, layout, memory, around
         self._placed = dict(fixed)
         self._steps: list[Step] = []
         self._sizes = {rule.name for rule in plan.contract.rules if isinstance(rule, IntegerRule)}
         self._held = {x.untyped_storage().data_ptr() for x in (memory, *fixed.values()) if isinstance(x, Tensor)}
-        self._captures = layout.device.type == "cuda"
+        self._captures = layout.device.type == "cuda" and around is None  # a graph could not be watched
         self._replay: Replay | None = None
 
     def record(self, given: list[Any]) -> list[Any]:
@@ -142,7 +142,7 @@ class _Program:
         env = self._inputs(given)
         for i, call in enumerate(self._plan.calls):
             if step := self._bound(i, call, env):
-                step = self._around(call, step)
+                step = step if self._around is None else self._around(call, step)
                 step(env)
                 self._steps.append(step)
                 self._check_written(i, call)
