@@ -4,9 +4,10 @@ A program takes a tile of query rows of one head and walks over tiles of keys wi
 softmax, FlashAttention-2). Masks cost, and where all of its rows see all keys of a tile none is needed: such tiles go
 first; a short loop takes those at the edges of frames and at the end.
 
-On sm_90 a tile of 128 x 128 takes 505 instructions (481 by Triton 3.6), 5 a score: FMNMX, FFMA, MUFU.EX2, FADD, half an
-F2FP, and an FMUL a value of the sums. One wait: the second product runs on under the first of the next tile. Triton
-waits for the scores before their softmax, so products and softmax overlap between warp groups alone.
+On sm_90 a tile of 128 x 128 takes a thread 505 instructions (481 by Triton 3.6) for its 64 scores: FMNMX, FFMA,
+MUFU.EX2, FADD, half an F2FP for each, and an FMUL for each of its 64 sums. There is one wait: the second product runs
+on under the first of the next tile. Triton waits for the scores before their softmax, so that products and softmax
+overlap between warp groups alone.
 """
 
 from collections.abc import Iterator, Sequence
