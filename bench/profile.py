@@ -4,7 +4,7 @@ import shlex
 import statistics
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, record_function
+from torch.utils import _pytree as pytree
 
 from horsepower.bench import step
 from horsepower.bench.measure import machine, paired
@@ -20,7 +21,11 @@ from horsepower.bench.plot import Bar, bars
 from horsepower.bench.report import Cell, Figure, Paragraph, Part, Report, Table, check_file
 from horsepower.bench.step import Tokens
 from horsepower.bench.telemetry import Telemetry
-from horsepower.graph.call import Call
+from horsepower.graph.call import Call, Ref
+from horsepower.graph.explain import cost_of
+from horsepower.graph.operators import operator_of
+from horsepower.graph.plan import Plan
+from horsepower.kernels.registry import Cost
 from horsepower.runtime.fused import compile_velocity
 
 STEP = "denoising step"
@@ -53,12 +58,20 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Place:
+    """What lies behind the name of a range."""
+
+    kind: str  # operator
+    block: str  # of the model
+    work: Cost  # of a step
+
+
+@dataclass(frozen=True)
 class Entry:
     """An entry of the plan, or several that are told apart no further: seconds in each profiled step."""
 
     name: str  # as in the trace
-    kind: str  # its operator
-    block: str  # of the model
+    place: Place
     calls: int  # a step
     seconds: tuple[float, ...]
 
@@ -91,7 +104,7 @@ def profile(options: Options) -> Report:
     if options.trace is not None:
         trace.export_chrome_trace(options.trace)
     events: Sequence[FunctionEvent] = trace.events() or []
-    found = gather(events, _calls(watched.plan.calls), plain, on_gpu=device.type == "cuda")
+    found = gather(events, places(watched.plan, inputs), plain, on_gpu=device.type == "cuda")
     return report(found, options, telemetry)
 
 
@@ -153,15 +166,46 @@ def block_of(module: str) -> str:
     return ".".join(path[: number + 1]) or "(model)"
 
 
-def _calls(calls: Sequence[Call]) -> Mapping[str, tuple[str, str]]:
-    """The kind and the block of each range."""
-    return {range_name(call): (kind_of(call), block_of(call.module)) for call in calls}
+def places(plan: Plan, inputs: Sequence[Any]) -> dict[str, Place]:
+    """By the names of ranges, at the sizes of `inputs`; found on tensors without memory."""
+    env: dict[str, Any] = dict(zip(map(str, plan.inputs), plan.contract.check(tuple(inputs), {})[0], strict=True))
+    for weight in plan.weights:
+        spec = weight.spec
+        env[weight.value] = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device="meta")
+    found: dict[str, Place] = {}
+    for i, call in enumerate((*plan.loads, *plan.calls)):
+        args, kwargs = (_on_meta(each, env) for each in (call.args, dict(call.kwargs)))
+        operator = operator_of(call.target)
+        env[call.result] = made = operator(*args, **kwargs)
+        if i >= len(plan.loads):
+            name = range_name(call)
+            own = [cost_of(operator, args, kwargs, made)] if call.makes else []
+            before = [found[name].work] if name in found else []
+            found[name] = Place(kind_of(call), block_of(call.module), _sum(own + before))
+    return found
+
+
+def _on_meta(value: Any, env: Mapping[str, Any]) -> Any:
+    """An argument of a call, its values without memory."""
+
+    def meta(x: Any) -> Any:
+        x = env[x.name] if isinstance(x, Ref) else x
+        if isinstance(x, torch.device):
+            return torch.device("meta")
+        return x.to("meta") if isinstance(x, torch.Tensor) else x
+
+    return pytree.tree_map(meta, value)
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    each = list(costs)
+    return Cost(sum(cost.flops for cost in each), sum(cost.bytes for cost in each))
 
 
 def gather(
-    events: Sequence[FunctionEvent], known: Mapping[str, tuple[str, str]], plain: Sequence[float], on_gpu: bool
+    events: Sequence[FunctionEvent], known: Mapping[str, Place], plain: Sequence[float], on_gpu: bool
 ) -> Profile:
-    """Sum up what the profiler recorded. `known`: kind and block of each range's name."""
+    """Sum up what the profiler recorded. `known`: what lies behind each range's name."""
 
     def seconds(event: FunctionEvent) -> float:
         return 1e-6 * float(event.device_time_total if on_gpu else event.cpu_time_total)
@@ -175,7 +219,7 @@ def gather(
         if event.name in known:
             spent[event.name][bisect_right(starts, event.time_range.start) - 1] += seconds(event)
             counts[event.name] += 1
-    entries = tuple(Entry(name, *known[name], counts[name] // len(steps), tuple(each)) for name, each in spent.items())
+    entries = tuple(Entry(name, known[name], counts[name] // len(steps), tuple(each)) for name, each in spent.items())
     outside = tuple(seconds(event) - sum(e.seconds[i] for e in entries) for i, event in enumerate(steps))
     walls = tuple(1e-6 * float(event.cpu_time_total) for event in steps)
     return Profile(entries, outside, walls, tuple(plain))
@@ -189,13 +233,14 @@ def report(found: Profile, options: Options, telemetry: Telemetry) -> Report:
     timed = "GPU time of their kernels" if on_gpu else "CPU time"
     says = (
         f"A step takes {1e3 * plain:.2f} ms (median of {options.rounds}); {1e3 * ranges:.2f} ms with ranges and the "
-        f"profiler on, of which the plan's entries are {1e3 * inside:.2f} ms ({timed})."
+        f"profiler on, of which the plan's entries are {1e3 * inside:.2f} ms ({timed}).\nRates: of the arithmetic that "
+        "an entry does, and of the bytes that it must move, each tensor passing memory once."
     )
     kinds, blocks = _sums(found, "kind"), _sums(found, "block")
-    slowest = sorted(((e.name, e.calls, e.seconds) for e in found.entries), key=_median, reverse=True)
+    slowest = sorted(((e.name, e.calls, e.seconds, e.place.work) for e in found.entries), key=_median, reverse=True)
     parts: list[Part] = [
         Paragraph(says),
-        _table("By kind of entry", "entry", [*kinds, ("(outside of entries)", None, found.outside)], found),
+        _table("By kind of entry", "entry", [*kinds, ("(outside of entries)", None, found.outside, None)], found),
         _table("By block", "block", blocks, found),
         _table("The slowest entries", "entry", slowest[:10], found),
         _gpu(telemetry),
@@ -209,16 +254,21 @@ def report(found: Profile, options: Options, telemetry: Telemetry) -> Report:
     return Report(f"foal {options.variant}: profile of a step, {where}", machine(options.device), tuple(parts))
 
 
-Row = tuple[str, int | None, tuple[float, ...]]  # name, calls a step, seconds of each
+Row = tuple[str, int | None, tuple[float, ...], Cost | None]  # name, calls a step, seconds of each, work of a step
 
 
 def _sums(found: Profile, key: str) -> list[Row]:
     """Entries of one kind or block together; kinds by their time, blocks as they follow each other."""
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in found.entries:
-        groups[getattr(entry, key)].append(entry)
+        groups[getattr(entry.place, key)].append(entry)
     rows: list[Row] = [
-        (name, sum(e.calls for e in each), tuple(map(sum, zip(*(e.seconds for e in each), strict=True))))
+        (
+            name,
+            sum(e.calls for e in each),
+            tuple(map(sum, zip(*(e.seconds for e in each), strict=True))),
+            _sum(e.place.work for e in each),
+        )
         for name, each in groups.items()
     ]
     return sorted(rows, key=_median, reverse=True) if key == "kind" else rows
@@ -231,12 +281,13 @@ def _median(row: Row) -> float:
 def _table(title: str, of: str, rows: Sequence[Row], found: Profile) -> Table:
     whole = [sum(each) for each in zip(found.outside, *(entry.seconds for entry in found.entries), strict=True)]
 
-    def cells(name: str, calls: int | None, seconds: tuple[float, ...]) -> tuple[Cell, ...]:
+    def cells(name: str, calls: int | None, seconds: tuple[float, ...], work: Cost | None) -> tuple[Cell, ...]:
         share = statistics.median(part / all_ if all_ else 0.0 for part, all_ in zip(seconds, whole, strict=True))
         low, middle, high = statistics.quantiles([1e3 * each for each in seconds], n=4)
-        return name, calls, middle, low, high, 100 * share
+        rates = [each / middle / 1e6 for each in (work.flops, work.bytes)] if work and middle else [None, None]
+        return name, calls, middle, low, high, 100 * share, *rates
 
-    columns = (of, "calls", "ms a step", "lower quartile", "upper quartile", "% of the step")
+    columns = (of, "calls", "ms a step", "lower quartile", "upper quartile", "% of the step", "GFLOP/s", "GB/s")
     return Table(title, columns, tuple(cells(*row) for row in rows))
 
 
@@ -245,7 +296,7 @@ def _figure(title: str, rows: Sequence[Row]) -> Figure:
         low, middle, high = (max(0.0, each) for each in statistics.quantiles([1e3 * each for each in seconds], n=4))
         return Bar(name, middle, low, high)
 
-    return Figure(title, bars(title, [bar(name, seconds) for name, _, seconds in rows], mark=0.0))
+    return Figure(title, bars(title, [bar(name, seconds) for name, _, seconds, _ in rows], mark=0.0))
 
 
 def _gpu(telemetry: Telemetry) -> Part:

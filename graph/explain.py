@@ -177,7 +177,7 @@ class Measured:
                 args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), operands)
                 env[node] = node.target(*args, **kwargs)
                 if not moves_nothing(node):
-                    cost = _cost(node.target, args, kwargs, env[node])
+                    cost = cost_of(node.target, args, kwargs, env[node])
                     made.work[node] = Work(1, cost.flops, cost.bytes)
                 made.peak = max(made.peak, alive.after(node, env))
         made.sizes = {node: _size(value) for node, value in env.items()}
@@ -221,7 +221,7 @@ def _size(value: Any) -> int:
     return sum(x.numel() * x.itemsize for x in pytree.tree_leaves(value) if isinstance(x, Tensor))
 
 
-def _cost(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Cost:
+def cost_of(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Cost:
     """Of one call on tensors of known sizes."""
     if op := op_of(str(target)):
         return op.cost(*args)

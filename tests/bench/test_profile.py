@@ -9,9 +9,10 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from horsepower.bench import profile
-from horsepower.bench.profile import STEP, Options, block_of, gather, kind_of, range_name, ranged
+from horsepower.bench.profile import STEP, Options, Place, block_of, gather, kind_of, places, range_name, ranged
 from horsepower.bench.step import Tokens
 from horsepower.bench.telemetry import QUANTITIES, Telemetry
+from horsepower.kernels.registry import Cost
 from models import TINY, random_model
 
 
@@ -46,11 +47,13 @@ def test_every_entry_is_counted_once_and_times_add_up():
         for _ in range(3):
             with record_function(STEP):
                 watched(*inputs)
-    found = gather(trace.events(), profile._calls(compiled.plan.calls), (1.0, 2.0, 3.0), on_gpu=False)
+    found = gather(trace.events(), places(compiled.plan, inputs), (1.0, 2.0, 3.0), on_gpu=False)
     assert sum(entry.calls for entry in found.entries) * 3 == len(ran)
     assert {entry.name for entry in found.entries} == {range_name(call) for call in ran}
-    attention = [entry for entry in found.entries if entry.kind == "attention"]
-    assert [entry.block for entry in attention] == [f"block.layers.{n}" for n in range(TINY.num_layers)]
+    attention = [entry for entry in found.entries if entry.place.kind == "attention"]
+    assert [entry.place.block for entry in attention] == [f"block.layers.{n}" for n in range(TINY.num_layers)]
+    assert {entry.place.work.flops for entry in attention} == {4 * 20 * 20 * TINY.num_heads_q * TINY.head_dim}
+    assert all(entry.place.work.bytes for entry in found.entries)
     for i in range(3):
         assert found.outside[i] + sum(entry.seconds[i] for entry in found.entries) == pytest.approx(found.steps[i])
         assert found.outside[i] > 0
@@ -67,9 +70,10 @@ def test_on_a_gpu_the_time_of_kernels_counts_and_their_own_ranges_do_not():
         event("a x", 12, 0, 99, DeviceType.CUDA),
         event(STEP, 200, 110, 70), event("a x", 201, 5, 40), event("a x", 220, 5, 25), event("aten::mm", 221, 3, 25),
     ]  # fmt: skip
-    found = gather(events, {"a x": ("x", "a"), "b y": ("y", "b")}, (1.0,), on_gpu=True)
+    place = Place("x", "a", Cost(6, 4))
+    found = gather(events, {"a x": place, "b y": Place("y", "b", Cost(1, 1))}, (1.0,), on_gpu=True)
     (entry,) = found.entries
-    assert (entry.kind, entry.block, entry.calls) == ("x", "a", 2)
+    assert (entry.place, entry.calls) == (place, 2)
     assert entry.seconds == pytest.approx((50e-6, 65e-6))
     assert found.outside == pytest.approx((30e-6, 5e-6))
     assert found.steps == pytest.approx((100e-6, 110e-6))
