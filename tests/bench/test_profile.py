@@ -1,6 +1,7 @@
 """Profiles: nothing of a step is lost or counted twice, and what a GPU would say is read right."""
 
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,23 @@ def test_on_a_gpu_the_time_of_kernels_counts_and_their_own_ranges_do_not():
 def test_kinds_are_short():
     for target, kind in (("horsepower.attention.default", "attention"), ("aten.to.dtype", "aten.to.dtype")):
         assert kind_of(SimpleNamespace(target=target)) == kind
+
+
+def test_once_is_one_step_between_start_and_stop(monkeypatch):
+    happened = []
+
+    @contextmanager
+    def recording():
+        happened.append("start")
+        yield
+        happened.append("stop")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.profiler, "profile", recording)
+    monkeypatch.setattr(profile, "_prepared", lambda _: (None, lambda x: happened.append("step"), (torch.zeros(1),)))
+    profile.run_once(Options(Tokens(12, 5, 3), device="cuda"))
+    assert happened[-3:] == ["start", "step", "stop"]
+    assert set(happened[:-3]) == {"step"}  # warmed up before
 
 
 def test_the_commands_run_one_step_of_the_same():
