@@ -16,7 +16,7 @@ from horsepower.kernels.target import GPUS
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "step", "vectors", "pieces"])
 def activation_kernel(
     u, start, step, out, vectors, pieces, KIND: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     TILE: tl.constexpr,

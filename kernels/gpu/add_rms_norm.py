@@ -14,7 +14,7 @@ from horsepower.kernels.modality import first_rows
 from horsepower.kernels.target import GPUS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["residual_steps", "branch_steps", "second", "third", "L"])
 def add_rms_norm_kernel(
     residual, branch, post_gain, gain, total, normed, residual_steps, branch_steps, second, third, L, eps,
     POST_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,

@@ -14,7 +14,7 @@ from horsepower.kernels.native_library import pitch
 from horsepower.kernels.target import GPUS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "L"])
 def layer_norm_kernel(
     x, weight, bias, out, steps, L, eps, WEIGHT: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr,
     TILE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,

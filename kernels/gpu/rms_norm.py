@@ -15,7 +15,7 @@ from horsepower.kernels.native_library import pitch
 from horsepower.kernels.target import GPUS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps", "second", "third", "L"])
 def rms_norm_kernel(
     x, gain, out, steps, second, third, L, eps, EXPERTS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,

@@ -14,7 +14,7 @@ from horsepower.kernels.gpu.rows import refuses
 from horsepower.kernels.target import GPUS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gate_start", "gate_step", "up_start", "up_step", "vectors", "pieces"])
 def silu_mul_kernel(
     gate, gate_start, gate_step, up, up_start, up_step, out, vectors, pieces, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, TILE: tl.constexpr,
