@@ -89,6 +89,8 @@ def test_quiet_says_nothing(tmp_path):
         (("roofline", "--gpu", "b1"), "gpu"),
         (("roofline", "--resolution", "8k"), "resolution"),
         (("roofline", "--tokens", "7,2,1", "--frames", "2"), "frames"),
+        (("roofline", "--tokens", ""), "tokens"),
+        (("roofline", "--frames", "2"), "frames"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, field, capsys, tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def _add_roofline(parser: argparse.ArgumentParser) -> None:
         "--resolution", default="256p", metavar="R", help="256p, 540p or 1080p: its last stage (default: %(default)s)"
     )
     parser.add_argument("--tokens", metavar="V,A,T", help="of video, audio, text (default: those of a clip of 5 s)")
-    parser.add_argument("--frames", type=int, default=1, metavar="N", help="latent frames of those tokens (default: 1)")
+    parser.add_argument("--frames", type=int, metavar="N", help="latent frames of those tokens (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the report for programs")
     parser.add_argument("--html", metavar="FILE", help="write the report as one page")
     parser.set_defaults(command=_roofline)
@@ -305,7 +305,11 @@ def _roofline(arguments: argparse.Namespace) -> int:
     from horsepower.predicting import predict
 
     _check_files(arguments)
-    tokens = Tokens.parse(arguments.tokens, arguments.frames) if arguments.tokens else None
+    tokens, frames = None, arguments.frames
+    if arguments.tokens is not None:
+        tokens = Tokens.parse(arguments.tokens, 1 if frames is None else frames)
+    elif frames is not None:
+        raise ValueError(f"frames: got {frames} without tokens, allowed: both or none")
     report = predict(arguments.gpu, arguments.resolution, tokens)
     _publish(arguments, report, report)
     return 0
