@@ -15,14 +15,17 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # What is tested is what is installed, never a checkout that happens to lie on the path.
 unexport PYTHONPATH
 
-.PHONY: demo test install lint types suite slow golden bench clean
+# The oldest Triton that kernels are compiled with: it comes with torch 2.11.
+OLDEST := $(VENV)/triton-3.6
+
+.PHONY: demo test install lint types gates suite slow golden bench clean
 
 # The second command says what the compiler gains in each step of the clip.
 demo: install
 	$(BIN)/horsepower generate "$(PROMPT)" --duration 2 --output $(CLIP)
 	$(BIN)/horsepower bench --quick --tokens $(TOKENS) --frames 13
 
-test: lint types suite
+test: lint types gates suite
 
 install: $(VENV)/tools
 	rm -rf dist
@@ -40,6 +43,15 @@ lint: install
 
 types: install
 	$(BIN)/mypy --strict -p horsepower
+
+# Every GPU kernel in every configuration, compiled and read; no GPU is needed.
+gates: install $(OLDEST)
+	for arch in sm_80 sm_90; do \
+		$(BIN)/horsepower kernels --arch $$arch && PYTHONPATH=$(OLDEST) $(BIN)/horsepower kernels --arch $$arch || exit 1; \
+	done
+
+$(OLDEST): $(VENV)/tools
+	PIP_CONSTRAINT= $(BIN)/pip install --quiet --no-deps --target $@ "triton==3.6.*"
 
 suite: install
 	$(BIN)/python -m pytest
