@@ -11,34 +11,42 @@ from torch import Tensor
 from horsepower.kernels.gpu.launch import Config, default
 from horsepower.kernels.gpu.tiles import (
     ROWS,
+    descriptor,
     launch_tiles,
     product,
     refuses,
     row_tiles,
     store,
     tile_at,
+    two_products,
     writable,
 )
 
 
 @triton.jit(do_not_specialize=ROWS)
 def linear_kernel(
-    a, b, a_pitch, b_pitch, second, third, L, out, out_pitch, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
+    a, b, a_pitch, b_pitch, second, third, L, b_more, out, out_more, out_pitch, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
     STORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, MORE: tl.constexpr = 0,
 ):  # fmt: skip
-    columns = tl.cdiv(N, BN)
+    WIDTH: tl.constexpr = BN + MORE
+    columns = tl.cdiv(N, WIDTH)
     tiles = row_tiles(second, third, L, EXPERTS, BM) * columns
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA == 1):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA > 0 and MORE == 0):
         row, end, expert, n = tile_at(tile, columns, second, third, L, EXPERTS, BM, GROUP)
-        b_row = expert * N + n * BN
-        acc = product(a, b, a_pitch, b_pitch, row, end, b_row, expert * N + N, K, BM, BN, BK, TMA)
-        store(out, out_pitch, row, end, n * BN, N, acc, BM, BN, STORE)
+        b_row = expert * N + n * WIDTH
+        if MORE:
+            acc, more = two_products(a, b, b_more, row, b_row, K, BM, BN, MORE, BK)
+            store(out_more, out_pitch, row, end, n * WIDTH + BN, N, more, BM, MORE, STORE)
+        else:
+            acc = product(a, b, a_pitch, b_pitch, row, end, b_row, expert * N + N, K, BM, BN, BK, TMA)
+        store(out, out_pitch, row, end, n * WIDTH, N, acc, BM, BN, STORE)
 
 
 CONFIGS = {
     "sm_90": (
         Config(8, 3, {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "TMA": 1}),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 1, "MORE": 64}),
         Config(8, 4, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 1}),
     ),
     "sm_80": (
@@ -60,6 +68,7 @@ def run(
 ) -> None:  # fmt: skip
     """Sums in float32, one cast. Rows of x, weight and out may be padded to any pitch of 16 bytes."""
     config = config or default(CONFIGS, x)
+    more = config.constants.get("MORE", 0) if out[0].numel() else 0
     y, pitch, form = writable(out[0], experts, config, config.constants["BN"])
     launch_tiles(
         linear_kernel,
@@ -67,7 +76,9 @@ def run(
         weight,
         experts,
         counts,
+        descriptor(weight, more, config.constants["BK"]) if more else None,
         y,
+        writable(out[0], experts, config, more)[0] if more else None,
         pitch,
         config=config,
         STORE=form,

@@ -23,6 +23,7 @@ from horsepower.kernels.gpu.tiles import (
     row_tiles,
     store,
     tile_at,
+    two_products,
     writable,
 )
 from horsepower.kernels.linear_add_rms_norm import SQUARES_COLUMNS
@@ -37,10 +38,10 @@ def halves(u, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def added(
-    branch, residual, residual_pitch, out, out_pitch, row, end, column, N: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, UNIT: tl.constexpr, STORE: tl.constexpr, TMA: tl.constexpr,
+    branch, residual, residual_pitch, out, out_pitch, row, end, column, N: tl.constexpr, COVERED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, STORE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Write branch + residual [BM, BN]; its sums of squares [BM]."""
+    """Write branch + residual [BM, BN]; its sums of squares [BM]. COVERED: no tile goes beyond the columns."""
     at = column + tl.arange(0, BN)
     if TMA:  # a pointer would spill
         total = branch + residual.load([row, column]).to(tl.float32)
@@ -51,34 +52,44 @@ def added(
         inside = (row + rows < end)[:, None] & (at < N)[None, :]
         total = branch + tl.load(first, mask=inside, other=0.0).to(tl.float32)
     store(out, out_pitch, row, end, column, N, total, BM, BN, STORE)
-    if N % BN:
+    if not COVERED:
         total = tl.where((at < N)[None, :], total, 0.0)
     return tl.sum(total * total, axis=1)
 
 
 @triton.jit(do_not_specialize=ROWS)
 def linear_add_kernel(
-    a, b, a_pitch, b_pitch, second, third, L, residual, residual_pitch, out, out_pitch, squares, N: tl.constexpr,
+    a, b, a_pitch, b_pitch, second, third, L, b_more, residual, residual_pitch, out, out_pitch, squares, N: tl.constexpr,
     K: tl.constexpr, EXPERTS: tl.constexpr, UNIT: tl.constexpr, STORE: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr,
+    MORE: tl.constexpr = 0,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = BN // 4
-    columns = tl.cdiv(N, BN)
+    WIDTH: tl.constexpr = BN // PARTS  # shared memory has no room for a whole tile of residuals
+    COLUMNS: tl.constexpr = BN + MORE
+    columns = tl.cdiv(N, COLUMNS)
     tiles = row_tiles(second, third, L, EXPERTS, BM) * columns
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA == 1):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA > 0 and MORE == 0):
         row, end, expert, n = tile_at(tile, columns, second, third, L, EXPERTS, BM, GROUP)
-        b_row = expert * N + n * BN
-        acc = product(a, b, a_pitch, b_pitch, row, end, b_row, expert * N + N, K, BM, BN, BK, TMA)
-        left, right = halves(acc, BM, BN)  # quarters: shared memory has no room for a whole tile of residuals
-        a0, a1 = halves(left, BM, BN // 2)
-        a2, a3 = halves(right, BM, BN // 2)
-        parts = (a0, a1, a2, a3)
+        b_row = expert * N + n * COLUMNS
+        if MORE:
+            acc, more = two_products(a, b, b_more, row, b_row, K, BM, BN, MORE, BK)
+            left, right = halves(acc, BM, BN)
+            parts = (left, right, more)
+        else:
+            acc = product(a, b, a_pitch, b_pitch, row, end, b_row, expert * N + N, K, BM, BN, BK, TMA)
+            left, right = halves(acc, BM, BN)
+            parts = (left, right)
+            if PARTS == 4:
+                left, left_right = halves(left, BM, BN // 2)
+                right, right_right = halves(right, BM, BN // 2)
+                parts = (left, left_right, right, right_right)
         sums = tl.zeros((BM,), tl.float32)
-        for i in tl.static_range(4):
-            column = n * BN + i * WIDTH
+        for i in tl.static_range(COLUMNS // WIDTH):
+            column = n * COLUMNS + i * WIDTH
             sums += added(
-                parts[i], residual, residual_pitch, out, out_pitch, row, end, column, N, BM, WIDTH, UNIT, STORE, TMA
-            )
+                parts[i], residual, residual_pitch, out, out_pitch, row, end, column, N, N % COLUMNS == 0, BM, WIDTH,
+                UNIT, STORE, TMA,
+            )  # fmt: skip
         rows = tl.arange(0, BM)
         tl.store(squares + row.to(tl.int64) * columns + rows * columns + n, sums, mask=row + rows < end)
 
@@ -103,12 +114,13 @@ def norm_kernel(
 NORM = Config(4, 1, {"BLOCK": 1024})
 CONFIGS = {
     "sm_90": (
-        Config(8, 3, {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "TMA": 1}),
-        Config(8, 4, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 1}),
+        Config(8, 3, {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "TMA": 1, "PARTS": 4}),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 1, "PARTS": 2, "MORE": 64}),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 1, "PARTS": 2}),
     ),
     "sm_80": (  # 128 x 256 spills
-        Config(8, 4, {"BM": 256, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0}),
-        Config(8, 4, {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0}),
+        Config(8, 4, {"BM": 256, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0, "PARTS": 4}),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0, "PARTS": 4}),
     ),
 }
 # the norm, told by its MUFU.RSQ, has no products
@@ -143,17 +155,19 @@ def run(
         return
     assert workspace is not None
     assert cut["BN"] >= SQUARES_COLUMNS
-    tiles = triton.cdiv(C, cut["BN"])
+    more, width = cut.get("MORE", 0), cut["BN"] // cut["PARTS"]
+    tiles = triton.cdiv(C, cut["BN"] + more)
     squares = workspace[: L * tiles * 4].view(torch.float32)
     unit = gcd(residual.stride(0), 8)
-    target, pitch, form = writable(total, experts, config, cut["BN"] // 4)
+    target, pitch, form = writable(total, experts, config, width)
     launch_tiles(
         linear_add_kernel,
         x,
         weight,
         experts,
         counts,
-        descriptor(residual, cut["BM"], cut["BN"] // 4) if cut["TMA"] else residual,
+        descriptor(weight, more, cut["BK"]) if more else None,
+        descriptor(residual, cut["BM"], width) if cut["TMA"] else residual,
         residual.stride(0) // unit,
         target,
         pitch,

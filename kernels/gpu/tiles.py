@@ -86,6 +86,24 @@ def product(
 
 
 @triton.jit
+def two_products(
+    a, b, b_more, row, b_row, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MORE: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """As `product` with TMA, of BN columns and of MORE to their right: widths of tiles that are no power of two.
+
+    All is read before it is multiplied, and the loop around may not be flattened: otherwise wgmma is serialised.
+    """
+    acc = tl.zeros((BM, BN), tl.float32)
+    acc_more = tl.zeros((BM, MORE), tl.float32)
+    for k in range(0, K, BK):
+        x, left, right = a.load([row, k]), b.load([b_row, k]), b_more.load([b_row + BN, k])
+        acc = tl.dot(x, left.T, acc)
+        acc_more = tl.dot(x, right.T, acc_more)
+    return acc, acc_more
+
+
+@triton.jit
 def store(
     out, pitch, row, end, column, columns, values, BM: tl.constexpr, BN: tl.constexpr, STORE: tl.constexpr
 ):  # fmt: skip
@@ -144,7 +162,7 @@ def launch_tiles(
     L, N = x.shape[0], weight.shape[0] // experts
     second, third = first_rows(experts == 3, counts, L)
     rows = sum(triton.cdiv(n, cut["BM"]) for n in (second, third - second, L - third))
-    tiles = rows * triton.cdiv(N, cut["BN"])
+    tiles = rows * triton.cdiv(N, cut["BN"] + cut.get("MORE", 0))
     a = descriptor(x, cut["BM"], cut["BK"]) if cut["TMA"] and tiles else x
     b = descriptor(weight, cut["BN"], cut["BK"]) if cut["TMA"] and tiles else weight
     launch(

@@ -8,9 +8,9 @@ from horsepower.kernels.gpu.launch import Config
 F16, F32 = torch.float16, torch.float32
 
 
-def config(tma, rows=16, columns=16, depth=16):
+def config(tma, rows=16, columns=16, depth=16, **more):
     """Tiles of so many rows and columns, with descriptors or with pointers."""
-    return Config(4, 2, {"BM": rows, "BN": columns, "BK": depth, "GROUP": 2, "TMA": tma})
+    return Config(4, 2, {"BM": rows, "BN": columns, "BK": depth, "GROUP": 2, "TMA": tma, **more})
 
 
 BOTH = [config(1), config(0)]

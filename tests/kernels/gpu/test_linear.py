@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiles import BOTH, config, normal
 
+ALL = [*BOTH, config(1, columns=32, MORE=16)]
+
 from gpu import DEVICE, check
 from horsepower.kernels.gpu import linear
 from horsepower.kernels.linear import LINEAR
@@ -14,7 +16,7 @@ def inputs(rows, depth, columns, experts=1, counts=()):
     return [normal(rows, depth), normal(experts * columns, depth, seed=2), experts, list(counts)]
 
 
-@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 @pytest.mark.parametrize(
     ("rows", "depth", "columns"), [(0, 16, 16), (1, 16, 16), (1, 1, 1), (17, 31, 33), (53, 8, 47), (32, 48, 32)]
 )
@@ -22,7 +24,7 @@ def test_odd_and_prime_sizes(config, rows, depth, columns):
     check(LINEAR, linear, *inputs(rows, depth, columns), config=config)
 
 
-@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 @pytest.mark.parametrize("counts", [(20, 3, 17), (40, 0, 0), (0, 0, 40), (0, 39, 1), (16, 0, 24), (0, 0, 0)])
 def test_a_weight_for_each_modality(config, counts):
     check(LINEAR, linear, *inputs(sum(counts), 24, 21, 3, counts), config=config)
@@ -34,7 +36,7 @@ def test_tiles_that_are_not_square(tma):
     check(LINEAR, linear, *inputs(70, 40, 50), config=config(tma, 16, 32, 32))
 
 
-@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 def test_strided_rows_and_a_padded_result(config):
     x, weight, *rest = inputs(19, 64, 21)
     x, weight = x[:, 8:48], weight[:, 16:56]

@@ -9,7 +9,8 @@ from horsepower.kernels.gpu import linear_add_rms_norm
 from horsepower.kernels.linear_add_rms_norm import LINEAR_ADD_RMS_NORM
 
 EPS = 1e-6
-BOTH = [config(1, columns=128), config(0, columns=128)]
+BOTH = [config(tma, columns=128, PARTS=parts) for tma, parts in ((1, 4), (0, 2))]
+ALL = [*BOTH, config(1, columns=128, PARTS=2, MORE=64)]
 
 
 def inputs(rows, depth, columns, experts=1, counts=(), gains=1, scale=1.0, residual_dtype=F32, dtype=F16):
@@ -21,7 +22,7 @@ def inputs(rows, depth, columns, experts=1, counts=(), gains=1, scale=1.0, resid
     return [x, weight, experts, residual, None, gain, list(counts), EPS, dtype]
 
 
-@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 @pytest.mark.parametrize(
     ("rows", "depth", "columns"), [(0, 16, 16), (1, 1, 4), (17, 31, 132), (37, 8, 300), (16, 16, 1028)]
 )
@@ -29,10 +30,10 @@ def test_odd_and_prime_sizes(config, rows, depth, columns):
     check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, *inputs(rows, depth, columns), config=config)
 
 
-@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 @pytest.mark.parametrize("counts", [(20, 3, 17), (40, 0, 0), (0, 39, 1), (0, 0, 0)])
 def test_weights_and_gains_for_each_modality(config, counts):
-    check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, *inputs(sum(counts), 24, 132, 3, counts, 3), config=config)
+    check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, *inputs(sum(counts), 24, 64, 3, counts, 3), config=config)
 
 
 @pytest.mark.parametrize(("experts", "gains"), [(1, 3), (3, 1)])
@@ -41,7 +42,7 @@ def test_either_alone_for_each_modality(experts, gains):
     check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, *arguments, config=BOTH[0])
 
 
-@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e15])
 def test_tiny_and_huge_rows(config, scale):
     x, *rest = inputs(19, 24, 132, scale=scale, dtype=F32)
@@ -49,12 +50,12 @@ def test_tiny_and_huge_rows(config, scale):
     check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, x, *rest, config=config)
 
 
-@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 def test_a_residual_of_16_bits(config):
     check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, *inputs(19, 24, 132, residual_dtype=F16), config=config)
 
 
-@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("config", ALL, ids=str)
 def test_strided_rows_and_padded_results(config):
     x, weight, experts, residual, *rest = inputs(19, 64, 132)
     wide = torch.cat((residual, residual), dim=1)
