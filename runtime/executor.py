@@ -140,6 +140,7 @@ class _Program:
     def record(self, given: list[Any]) -> list[Any]:
         """The first run: bind and execute call by call."""
         env = self._inputs(given)
+        self._placed.update({name: env[name] for name in self._sizes if name in env})  # the same in each run
         for i, call in enumerate(self._plan.calls):
             if step := self._bound(i, call, env):
                 step = step if self._around is None else self._around(call, step)

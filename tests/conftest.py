@@ -7,7 +7,10 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    from interpreter import use_exact_bfloat16
+
+    use_exact_bfloat16()
 
 
 @pytest.fixture(scope="session", autouse=True)
