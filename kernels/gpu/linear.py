@@ -25,9 +25,9 @@ from horsepower.kernels.gpu.tiles import (
 
 @triton.jit(do_not_specialize=ROWS)
 def linear_kernel(
-    a, b, a_pitch, b_pitch, second, third, L, b_more, out, out_more, out_pitch, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
-    STORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, MORE: tl.constexpr = 0,
+    a, b, a_pitch, b_pitch, second, third, L, b_more, out, out_more, out_pitch, N: tl.constexpr, K: tl.constexpr,
+    EXPERTS: tl.constexpr, STORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr, MORE: tl.constexpr = 0,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BN + MORE
     columns = tl.cdiv(N, WIDTH)

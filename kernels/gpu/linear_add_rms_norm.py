@@ -16,6 +16,7 @@ from horsepower.kernels.gpu.launch import Config, default, launch
 from horsepower.kernels.gpu.tiles import (
     ROWS,
     descriptor,
+    halves,
     launch_tiles,
     pitched,
     product,
@@ -28,12 +29,6 @@ from horsepower.kernels.gpu.tiles import (
 )
 from horsepower.kernels.linear_add_rms_norm import SQUARES_COLUMNS
 from horsepower.kernels.modality import first_rows
-
-
-@triton.jit
-def halves(u, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of u's columns; they stay in the registers where they are."""
-    return tl.split(tl.permute(tl.reshape(u, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -59,13 +54,14 @@ def added(
 
 @triton.jit(do_not_specialize=ROWS)
 def linear_add_kernel(
-    a, b, a_pitch, b_pitch, second, third, L, b_more, residual, residual_pitch, out, out_pitch, squares, N: tl.constexpr,
-    K: tl.constexpr, EXPERTS: tl.constexpr, UNIT: tl.constexpr, STORE: tl.constexpr, BM: tl.constexpr,
+    a, b, a_pitch, b_pitch, second, third, L, b_more, residual, residual_pitch, out, out_pitch, squares,
+    N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, UNIT: tl.constexpr, STORE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr,
     MORE: tl.constexpr = 0,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BN // PARTS  # shared memory has no room for a whole tile of residuals
     COLUMNS: tl.constexpr = BN + MORE
+    tl.static_assert(MORE == 0 or MORE == WIDTH)
     columns = tl.cdiv(N, COLUMNS)
     tiles = row_tiles(second, third, L, EXPERTS, BM) * columns
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA > 0 and MORE == 0):
@@ -78,11 +74,11 @@ def linear_add_kernel(
         else:
             acc = product(a, b, a_pitch, b_pitch, row, end, b_row, expert * N + N, K, BM, BN, BK, TMA)
             left, right = halves(acc, BM, BN)
-            parts = (left, right)
+            parts = (left, right)  # type: ignore[assignment]
             if PARTS == 4:
                 left, left_right = halves(left, BM, BN // 2)
                 right, right_right = halves(right, BM, BN // 2)
-                parts = (left, left_right, right, right_right)
+                parts = (left, left_right, right, right_right)  # type: ignore[assignment]
         sums = tl.zeros((BM,), tl.float32)
         for i in tl.static_range(COLUMNS // WIDTH):
             column = n * COLUMNS + i * WIDTH

@@ -104,10 +104,29 @@ def two_products(
 
 
 @triton.jit
+def halves(u, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of u's columns; they stay in the registers where they are."""
+    return tl.split(tl.permute(tl.reshape(u, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def store(
     out, pitch, row, end, column, columns, values, BM: tl.constexpr, BN: tl.constexpr, STORE: tl.constexpr
 ):  # fmt: skip
     """Write a tile, but for rows from `end` and columns from `columns` on; see `writable`."""
+    BITS: tl.constexpr = (out.dtype if STORE == 0 else out.dtype.element_ty).primitive_bitwidth
+    if BITS * BN > 4096:
+        left, right = halves(values, BM, BN)
+        store_part(out, pitch, row, end, column, columns, left, BM, BN // 2, STORE)
+        store_part(out, pitch, row, end, column + BN // 2, columns, right, BM, BN // 2, STORE)
+    else:
+        store_part(out, pitch, row, end, column, columns, values, BM, BN, STORE)
+
+
+@triton.jit
+def store_part(
+    out, pitch, row, end, column, columns, values, BM: tl.constexpr, BN: tl.constexpr, STORE: tl.constexpr
+):  # fmt: skip
     if STORE == 0:
         out.store([row, column], values.to(out.dtype))
     else:
@@ -145,10 +164,12 @@ def writable(out: Tensor, experts: int, config: Config, columns: int) -> tuple[A
     """`out`, its pitch and STORE, as `store` takes them for tiles of so many columns.
 
     STORE is 0 for a descriptor, which cannot stop at the end of a modality's rows. Otherwise the pitch comes in STORE
-    elements: Triton has no other way to know how wide a row's stores may be.
+    elements: Triton has no other way to know how wide a row's stores may be. Wider rows than 512 bytes go in halves,
+    for which shared memory has room.
     """
     if config.constants["TMA"] and experts == 1 and out.numel() and pitched(out):
-        return descriptor(out, config.constants["BM"], columns), 0, 0
+        width = columns // 2 if columns * out.itemsize > 512 else columns
+        return descriptor(out, config.constants["BM"], width), 0, 0
     unit = gcd(out.stride(0), 8)
     return out, out.stride(0) // unit, unit
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiles import BOTH, config, normal
 
-ALL = [*BOTH, config(1, columns=32, MORE=16)]
-
 from gpu import DEVICE, check
 from horsepower.kernels.gpu import linear
 from horsepower.kernels.linear import LINEAR
+
+ALL = [*BOTH, config(1, columns=32, MORE=16)]
 
 
 def inputs(rows, depth, columns, experts=1, counts=()):

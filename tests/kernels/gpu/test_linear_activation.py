@@ -5,10 +5,10 @@ import torch
 from tiles import BOTH, F16, F32, config, normal
 
 from gpu import DEVICE, check
-from horsepower.kernels.activation import KINDS
 from horsepower.kernels.gpu import linear_activation
 from horsepower.kernels.linear_activation import LINEAR_ACTIVATION
 
+KINDS = ("swiglu7", "gelu7", "gelu_tanh", "silu")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of the interpreter
 
 
@@ -66,3 +66,12 @@ def test_what_the_kernel_does_not_take():
     x, weight, *rest = inputs(6, 24, 16)
     assert linear_activation.supports(x.float(), weight, *rest) == "x is neither bfloat16 nor float16"
     assert linear_activation.supports(x, weight, *rest[:-1], torch.float64) == "float64"
+    assert (
+        linear_activation.supports(x, weight, 1, [], "gelu", F16) == "its error function spills beside a tile of sums"
+    )
+
+
+@pytest.mark.parametrize("tma", [0, 1])
+def test_wide_tiles_of_float32_are_stored_in_halves(tma):
+    arguments = inputs(19, 24, 300, "silu", dtype=F32)
+    check(LINEAR_ACTIVATION, linear_activation, *arguments, config=config(tma, columns=256))
