@@ -16,7 +16,6 @@ from torch import fx
 from horsepower.graph.explain import Measured, block_of
 from horsepower.graph.graph import Graph
 from horsepower.graph.provenance import is_size, moves_nothing, title
-from horsepower.kernels.registry import op_of
 
 Unit = Literal["matrix", "attention", "vector"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -48,6 +47,7 @@ class Rates:
 @dataclass(frozen=True)
 class GPU:
     name: str
+    target: str  # whose kernels it runs
     peak: Rates  # datasheet: no kernel is faster
     reached: Rates  # by the best published kernels at sizes like these
 
@@ -57,6 +57,7 @@ class GPU:
 # reach 3.0 TB/s.
 _H100 = GPU(
     "NVIDIA H100 SXM",
+    "sm_90",
     Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=3.35e12),
     Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=3.0e12),
 )
@@ -64,6 +65,7 @@ _H100 = GPU(
 # peak: NVIDIA H200 datasheet, SXM: an H100's arithmetic, faster memory. reached: as an H100, in memory its share.
 _H200 = GPU(
     "NVIDIA H200 SXM",
+    "sm_90",
     Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=4.8e12),
     Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=4.8e12 * 3.0 / 3.35),
 )
@@ -72,6 +74,7 @@ _H200 = GPU(
 # published at these sizes: the shares of the peaks that an H100 reaches.
 _A100 = GPU(
     "NVIDIA A100 SXM 80 GB",
+    "sm_80",
     Rates(matrix=312e12, fp8=None, attention=312e12, vector=19.5e12, memory=2.039e12),
     Rates(matrix=312e12 * 800 / 989.4, fp8=None, attention=204e12, vector=19.5e12, memory=2.039e12 * 3.0 / 3.35),
 )
@@ -104,18 +107,19 @@ class Rung:
         return sum(getattr(kernel, of) for kernel in self.kernels if unit in (None, kernel.unit))
 
 
-def ladder(captured: Graph, fused: Graph, lowered: Graph, inputs: Sequence[Any]) -> tuple[Rung, ...]:
+def ladder(captured: Graph, parts: Graph, plan: Graph, inputs: Sequence[Any]) -> tuple[Rung, ...]:
     """How a model runs before and after its fusions.
 
-    captured: as `capture` made it; fused: after all passes but `lower`; lowered: after that one too.
+    captured: as `capture` made it; parts: with each fused operator as a product and an epilogue; plan: as it is lowered
+    for a GPU.
     inputs: the flattened inputs of the sizes to count for, on any device.
     """
     eager = Measured.of(captured, inputs)
     return (
         Rung("eager", tuple(_kernel([node], eager) for node in eager.work)),
         Rung("chains fused", tuple(_kernel(group, eager) for group in _chains(eager))),
-        Rung("plan", _each(lowered, inputs)),
-        Rung("epilogues inside", _each(fused, inputs)),
+        Rung("parts", _each(parts, inputs)),
+        Rung("plan", _each(plan, inputs)),
     )
 
 
@@ -132,13 +136,12 @@ def _each(graph: Graph, inputs: Sequence[Any]) -> tuple[Kernel, ...]:
 
 def _kernel(group: Sequence[fx.Node], found: Measured) -> Kernel:
     """One kernel for all calls of a group: what passes between them does not pass memory."""
-    whole = len(group) > 1 or ((op := op_of(str(group[0].target))) is not None and op.expand is not None)
     return Kernel(
         " + ".join(dict.fromkeys(map(title, group))),
         _where(group[-1]),
         _unit(group[-1]),
         sum(found.work[node].flops for node in group),
-        _boundary(group, found) if whole else found.work[group[0]].bytes,
+        _boundary(group, found) if len(group) > 1 else found.work[group[0]].bytes,
     )
 
 

@@ -47,6 +47,11 @@ def workspace(x: Tensor, weight: Tensor, experts: int, *_: object) -> int:
     return x.shape[0] * -(-(weight.shape[0] // experts) // SQUARES_COLUMNS) * 4
 
 
+def again(x: Tensor, weight: Tensor, experts: int, residual: Tensor, *_: object) -> int:
+    """Bytes of the sum, which is read once more when whole rows are normed."""
+    return residual.numel() * residual.itemsize
+
+
 LINEAR_ADD_RMS_NORM = register(
     fused(
         "linear_add_rms_norm",
@@ -54,5 +59,6 @@ LINEAR_ADD_RMS_NORM = register(
         outputs,
         expand,
         kernels=(triton_kernel("linear_add_rms_norm", workspace),),
+        again=again,
     )
 )

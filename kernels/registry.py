@@ -96,15 +96,19 @@ class Op:
 
 def fused(
     name: str, schema: str, outputs: Callable[..., tuple[Tensor, ...]], expand: Callable[..., tuple[Any, ...]],
-    kernels: tuple[Kernel, ...] = (),
+    kernels: tuple[Kernel, ...] = (), again: Callable[..., int] | None = None,
 ) -> Op:  # fmt: skip
-    """An op that is made of others: where no kernel does all of it at once, it runs, and is lowered, as its parts."""
+    """An op that is made of others: where no kernel does all of it at once, it runs, and is lowered, as its parts.
+
+    Its cost is that of a kernel which does: nothing between the parts passes memory but what `again` counts, in bytes.
+    """
 
     def reference(*inputs: Any) -> tuple[Tensor, ...]:
         return expand(lambda target, *arguments: target(*arguments), *inputs)
 
     def cost(*inputs: Any) -> Cost:
         parts: list[Cost] = []
+        inputs = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
 
         def count(target: Any, *arguments: Any) -> Any:
             if op := op_of(str(target)):
@@ -112,7 +116,9 @@ def fused(
             return target(*arguments)
 
         expand(count, *inputs)
-        return Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))
+        flops, given = sum(part.flops for part in parts), [x for x in inputs if isinstance(x, Tensor)]
+        moved = sum(x.numel() * x.itemsize for x in (*given, *outputs(*inputs)))
+        return Cost(flops, moved + (0 if again is None else again(*inputs)))
 
     return Op(name, schema, outputs, reference, cost, kernels, expand)
 

@@ -1,6 +1,7 @@
 """`horsepower roofline`: what a step of the released model must take on a GPU, kernel by kernel, and by each fusion."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch.utils import _pytree as pytree
@@ -14,8 +15,7 @@ from horsepower.bench.step import Tokens
 from horsepower.graph import provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.graph import Graph
-from horsepower.graph.passes import PASSES, run
-from horsepower.graph.passes.lower import lower
+from horsepower.graph.passes import run
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import PIPELINES
@@ -30,9 +30,9 @@ LEGEND = (
 )
 LADDER = (
     "Counted on the graph itself. Chains: connected elementwise calls, norms and copies between two products are one "
-    "kernel, the best that Inductor can do. Plan: as it is lowered now. Inside: each fused operator is one kernel; a "
-    "norm behind a product needs whole rows, so that this is a limit rather than a kernel. Not counted in any rung: a "
-    "product whose rows are not 16 bytes aligned (13652 columns) is slow unless it is padded."
+    "kernel, the best that Inductor can do. Parts: each fused operator is the library's product and one epilogue of "
+    "ours. Plan: as it is compiled for this GPU, epilogues inside the products. In no rung: a product whose "
+    "rows are not 16 bytes aligned (13652 columns) is slow; the plan pads it."
 )
 
 
@@ -43,18 +43,16 @@ def tokens_of(resolution: str) -> Tokens:
     return Tokens(grid.video, grid.audio, TEXT, grid.frames)
 
 
-def graphs_of(model: DiT) -> tuple[Graph, Graph, Graph]:
-    """A step of a model on the meta device: captured, with its fusions, and lowered."""
+def graphs_of(model: DiT, target: str) -> tuple[Graph, Graph, Graph]:
+    """A step of a model on the meta device: captured; with each fused operator as its parts; as the target runs it."""
     captured = capture(model, velocity_example(model), None, VELOCITY_SHAPES, "velocity")
-    fused = provenance.snapshot(captured)
-    run(fused, [each for each in PASSES if each is not lower])
-    lowered = provenance.snapshot(fused)
-    return captured, fused, run(lowered, [lower])
+    parts, plan = provenance.snapshot(captured), replace(provenance.snapshot(captured), target=target)
+    return captured, run(parts), run(plan)
 
 
-def rungs_of(model: DiT, tokens: Tokens) -> tuple[Rung, ...]:
+def rungs_of(model: DiT, tokens: Tokens, target: str) -> tuple[Rung, ...]:
     """A step of a model on the meta device, as it runs before and after its fusions."""
-    return ladder(*graphs_of(model), pytree.tree_leaves(velocity_example(model, tokens.counts, tokens.frames)))
+    return ladder(*graphs_of(model, target), pytree.tree_leaves(velocity_example(model, tokens.counts, tokens.frames)))
 
 
 def predict(gpu: str, resolution: str, tokens: Tokens | None = None) -> Report:
@@ -67,10 +65,10 @@ def predict(gpu: str, resolution: str, tokens: Tokens | None = None) -> Report:
             raise ValueError(f"{field}: got {value!r}, allowed: {', '.join(known)}")
     tokens = tokens or tokens_of(resolution)
     variant = PIPELINES[resolution].super_resolution or "distill"
-    rungs = rungs_of(step.released(variant), tokens)
+    rungs = rungs_of(step.released(variant), tokens, GPUS[gpu].target)
     title = f"Roofline of a step: {variant}, {tokens} tokens in {tokens.frames} frames, on one {GPUS[gpu].name}"
     parts = (Paragraph(LEGEND), _rates(GPUS[gpu]), _ladder(rungs, GPUS[gpu]), _plot(rungs, GPUS[gpu].reached))
-    return Report(title, machine(), (*parts, _kernels(rungs[2], GPUS[gpu]), Paragraph(_missing())))
+    return Report(title, machine(), (*parts, _kernels(rungs[-1], GPUS[gpu]), Paragraph(_missing())))
 
 
 def _rates(gpu: GPU) -> Table:
