@@ -148,7 +148,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_roofline(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200 or a100 (default: %(default)s)")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200, a100, here (default: h100)")
     parser.add_argument(
         "--resolution", default="256p", metavar="R", help="256p, 540p or 1080p: its last stage (default: %(default)s)"
     )

@@ -60,15 +60,27 @@ def predict(gpu: str, resolution: str, tokens: Tokens | None = None) -> Report:
 
     Raises ValueError for a GPU or a resolution that is not known.
     """
-    for field, value, known in (("gpu", gpu, GPUS), ("resolution", resolution, PIPELINES)):
-        if value not in known:
-            raise ValueError(f"{field}: got {value!r}, allowed: {', '.join(known)}")
+    if resolution not in PIPELINES:
+        raise ValueError(f"resolution: got {resolution!r}, allowed: {', '.join(PIPELINES)}")
+    chosen = _gpu(gpu)
     tokens = tokens or tokens_of(resolution)
     variant = PIPELINES[resolution].super_resolution or "distill"
-    rungs = rungs_of(step.released(variant), tokens, GPUS[gpu].target)
-    title = f"Roofline of a step: {variant}, {tokens} tokens in {tokens.frames} frames, on one {GPUS[gpu].name}"
-    parts = (Paragraph(LEGEND), _rates(GPUS[gpu]), _ladder(rungs, GPUS[gpu]), _plot(rungs, GPUS[gpu].reached))
-    return Report(title, machine(), (*parts, _kernels(rungs[-1], GPUS[gpu]), Paragraph(_missing())))
+    rungs = rungs_of(step.released(variant), tokens, chosen.target)
+    title = f"Roofline of a step: {variant}, {tokens} tokens in {tokens.frames} frames, on one {chosen.name}"
+    parts = (Paragraph(LEGEND), _rates(chosen), _ladder(rungs, chosen), _plot(rungs, chosen.reached))
+    return Report(title, machine(), (*parts, _kernels(rungs[-1], chosen), Paragraph(_missing())))
+
+
+def _gpu(name: str) -> GPU:
+    """A known GPU, or the one at hand with its measured rates."""
+    if name == "here" and torch.cuda.is_available():
+        from horsepower.bench.ceilings import measure
+
+        return measure(torch.device("cuda"))
+    if name not in GPUS:
+        here = "; here, with a GPU" if name == "here" else ", here"
+        raise ValueError(f"gpu: got {name!r}, allowed: {', '.join(GPUS)}{here}")
+    return GPUS[name]
 
 
 def _rates(gpu: GPU) -> Table:
