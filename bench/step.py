@@ -11,6 +11,7 @@ from horsepower.runtime.engine import Engine
 from horsepower.runtime.foal import Foal
 from horsepower.runtime.models.dit import Counts, DiT
 from horsepower.runtime.presets import FOAL_MODELS, MODELS
+from horsepower.runtime.source import eager_dit
 from horsepower.runtime.tokens import PATCH, Grid, coordinates
 
 
@@ -67,7 +68,7 @@ def preset(name: str, device: str = "cpu") -> DiT:
     if name not in FOAL_MODELS:
         raise ValueError(f"variant: got {name!r}, allowed: {', '.join(FOAL_MODELS)}")
     engine = Engine.from_pretrained("foal", device=device, mode="eager")
-    return Foal(engine.device, engine.dtype).dit(name)
+    return eager_dit(Foal(engine.device, engine.dtype), name, engine.device, engine.dtype)
 
 
 def released(name: str) -> DiT:

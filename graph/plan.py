@@ -4,7 +4,7 @@ Calls stand for operators by name and for values by name, so that a plan can be 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from horsepower.graph.call import Call, Ref, Result, Weight, refs_in
-from horsepower.graph.contract import Contract, TensorRule, contract_of, symbols_of
+from horsepower.graph.contract import Contract, Rule, TensorRule, contract_of, symbols_of
 from horsepower.graph.graph import Graph, Site, is_view
+from horsepower.graph.loading import Load, bytes_held, loading
 from horsepower.graph.memory import Layout, lay_out
 from horsepower.graph.operators import name_of
 from horsepower.graph.sizes import Size, TensorSpec
@@ -56,13 +57,50 @@ class Plan:
         given = {rule.name: rule.spec for rule in self.contract.rules if isinstance(rule, TensorRule)}
         return {**{weight.value: weight.spec for weight in self.weights}, **given, **made}
 
+    def on(self, device: torch.device) -> "Plan":
+        """The same plan on another device: whatever lies on `self.device`. Raises ValueError for constants of meta."""
+        here = self.device
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, TensorSpec):
+                return replace(value, device=device) if value.device == here else value
+            if isinstance(value, list | tuple):
+                return type(value)(map(moved, value))
+            return device if isinstance(value, torch.device) and value == here else value
+
+        def call(each: Call) -> Call:
+            return replace(each, args=moved(each.args), kwargs=moved(each.kwargs), spec=moved(each.spec))
+
+        def rule(each: Rule) -> Rule:
+            return replace(each, spec=moved(each.spec)) if isinstance(each, TensorRule) else each
+
+        if here.type == "meta" != device.type and (empty := [k for k, x in self.constants.items() if x.is_meta]):
+            raise ValueError(f"{empty[0]}: got a constant without values, allowed: a module that is not on {here}")
+        return replace(
+            self,
+            contract=replace(self.contract, rules=tuple(map(rule, self.contract.rules))),
+            weights=tuple(replace(weight, spec=moved(weight.spec)) for weight in self.weights),
+            constants={name: x.to(moved(x.device)) for name, x in self.constants.items()},
+            loads=tuple(map(call, self.loads)),
+            calls=tuple(map(call, self.calls)),
+            outputs=moved(self.outputs),
+        )
+
+    @cached_property
+    def loading(self) -> tuple[Load, ...]:
+        """How weights become what the calls read."""
+        kept = {name for call in self.calls for name in call.reads} | set(refs_in(self.outputs))
+        return loading(self.weights, self.loads, kept)
+
     @property
     def weight_bytes(self) -> int:
         """Of the weights that the calls read, with those that are computed at load."""
-        read = {name for call in self.calls for name in call.reads} | set(refs_in(self.outputs))
-        given = [weight.spec for weight in self.weights if weight.value in read]
-        made = [spec for call in self.loads if call.result in read for spec in call.makes]
-        return sum(spec.bytes for spec in (*given, *made))
+        return bytes_held(self.loading)[1]
+
+    @property
+    def load_bytes(self) -> int:
+        """The most that a load takes, if the weights come from elsewhere."""
+        return bytes_held(self.loading)[0]
 
     def __str__(self) -> str:
         """One line a call, under the module that it comes from."""

@@ -6,8 +6,7 @@ Nothing here reads a pickle. What does not fit is a ValueError that names the fi
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +111,51 @@ def _check_manifest(files: set[Path]) -> None:
             raise ValueError(f"checkpoint {file}: got sha256 {got}, allowed: {sums[file.name]} of {manifest.name}")
 
 
+class Tensors(Mapping[str, Tensor]):
+    """Values for a module's parameters and buffers by name, each read from its file whenever it is asked for.
+
+    They have the module's dtypes and shapes and lie on a device; a tensor that has the right number of values in
+    another arrangement of ones ([C] for [1, C, 1]) is reshaped.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Weights,
+        device: torch.device | str,
+        rename: Rename = lambda key: key,
+        defaults: Mapping[str, Tensor] | None = None,
+    ):
+        """`module` may be on the meta device; defaults: values for keys that a checkpoint may lack.
+
+        Raises ValueError for missing, unexpected or misshapen keys.
+        """
+        self._targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        names = {key: name for key in weights.files if (name := rename(key)) is not None}
+        self._defaults = {name: value for name, value in (defaults or {}).items() if name not in names.values()}
+        _check_keys(weights, names, self._targets, set(self._defaults))
+        self._keys = {name: key for key, name in names.items()}
+        self._files, self._device = weights.files, device
+        self._opened: dict[Path, Any] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._targets)
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Raises ValueError for values that are not finite."""
+        like = self._targets[name]
+        if name in self._defaults:
+            return _placed(self._defaults[name], like, self._device, f"default of {name}")
+        key = self._keys[name]
+        file = self._files[key]
+        if file not in self._opened:
+            self._opened[file] = _opened(file)
+        return _placed(self._opened[file].get_tensor(key), like, self._device, f"checkpoint {file}: {key}")
+
+
 def load(
     module: nn.Module,
     weights: Weights,
@@ -121,22 +165,26 @@ def load(
 ) -> None:
     """Fill a module that stands on the meta device; its own dtypes and shapes are what the values become.
 
-    A tensor that has the right number of values in another arrangement of ones ([C] for [1, C, 1]) is reshaped.
-    defaults: values for keys that a checkpoint may lack.
-    Host memory peaks at the finished weights plus one tensor. Raises ValueError for missing, unexpected or misshapen
-    keys (before any value is read) and for values that are not finite.
+    The arguments are those of `Tensors`. Host memory peaks at the finished weights plus one tensor.
+    Raises ValueError for missing, unexpected or misshapen keys (before any value is read) and for values that are not
+    finite.
     """
-    targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    names = {key: name for key in weights.files if (name := rename(key)) is not None}
-    defaults = {name: value for name, value in (defaults or {}).items() if name not in names.values()}
-    _check_keys(weights, names, targets, set(defaults))
-    with ExitStack() as stack:
-        opened = {file: stack.enter_context(_opened(file)) for file in sorted(set(weights.files.values()))}
-        for key, name in names.items():
-            value = opened[weights.files[key]].get_tensor(key)
-            _place(module, name, value.reshape(targets[name].shape), device, f"checkpoint {weights.files[key]}: {key}")
-    for name, value in defaults.items():
-        _place(module, name, value, device, f"default of {name}")
+    fill(module, Tensors(module, weights, device, rename, defaults), device)
+
+
+def fill(module: nn.Module, values: Mapping[str, Tensor], device: torch.device | str, prefix: str = "") -> None:
+    """Give a module, which may stand on the meta device, values on a device, one by one.
+
+    values: by the names of its parameters and buffers, with a prefix.
+    """
+    for name, old in [*module.named_parameters(), *module.named_buffers()]:
+        owner_name, _, leaf = name.rpartition(".")
+        new = values[prefix + name].to(device)
+        setattr(
+            module.get_submodule(owner_name),
+            leaf,
+            nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new,
+        )
 
 
 def _check_keys(weights: Weights, names: Mapping[str, str], targets: Mapping[str, Tensor], known: set[str]) -> None:
@@ -157,17 +205,11 @@ def _check_keys(weights: Weights, names: Mapping[str, str], targets: Mapping[str
                 )
 
 
-def _place(module: nn.Module, name: str, value: Tensor, device: torch.device | str, what: str) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    old = getattr(owner, leaf)
+def _placed(value: Tensor, like: Tensor, device: torch.device | str, what: str) -> Tensor:
     if not value.is_floating_point() or value.itemsize < 2:
         raise ValueError(f"{what}: got {value.dtype}, allowed: float32, bfloat16, float16")
-    new = torch.empty(old.shape, dtype=old.dtype, device=device)
-    new.copy_(value)
+    new = torch.empty(like.shape, dtype=like.dtype, device=device)
+    new.copy_(value.reshape(like.shape))
     if new.is_floating_point() and not all(torch.isfinite(bound) for bound in torch.aminmax(new)):
         raise ValueError(f"{what}: got NaN or infinite values, allowed: finite ones")
-    if isinstance(old, nn.Parameter):
-        setattr(owner, leaf, nn.Parameter(new, requires_grad=False))
-    else:
-        setattr(owner, leaf, new)
+    return new

@@ -17,6 +17,7 @@ from horsepower.graph.key import key_of
 from horsepower.graph.plan import Plan, plan_of
 from horsepower.kernels.target import check_target, target_of
 from horsepower.runtime.cache import find, keep
+from horsepower.runtime.devices import indexed
 from horsepower.runtime.executor import Around, Executor, weights_of
 
 _log = logging.getLogger("horsepower")
@@ -28,11 +29,14 @@ class Compiled:
     Parameters changed in place or attributes changed after compiling raise RuntimeError at the next call.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, found: bool, seconds: float):
+    def __init__(
+        self, module: nn.Module, plan: Plan, found: bool, seconds: float, weights: Mapping[str, Tensor] | None = None
+    ):
+        """weights: in the place of the module's own; the module may then be on the meta device."""
         self.plan = plan
         self.found = found  # on disk, so that nothing was traced
         self.seconds = seconds  # to compile
-        self._run = Executor(plan, weights_of(module))
+        self._run = Executor(plan, weights_of(module) if weights is None else weights)
         self._snapshot = Snapshot(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,6 +144,8 @@ def compile(
     only: Sequence[passes.Pass] = passes.PASSES,
     cache: bool = True,
     target: str | None = None,
+    device: torch.device | str | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Compiled:
     """Capture `module.method`, fuse what can be fused, and plan it; or find the plan that was made before.
 
@@ -149,13 +155,37 @@ def compile(
     code take another way than in the trace is refused. Strides are free; code that asks for them sees the example's.
     expect: sites that each pass must take, by the name of the pass.
     only: the passes to run, in order; fewer of them show what each gains.
-    target: "cpu", "sm_80" or "sm_90", for a plan to look at; None takes the device that the module lies on.
+    target: "cpu", "sm_80" or "sm_90", for a plan to look at; None takes the device that it runs on.
+    device: where the plan runs, and its inputs lie; None takes the device that the module and the examples lie on.
+    weights: parameters and buffers by name, for a module on the meta device. Each is asked for once, brought to the
+    device, and dropped as soon as what is made of it is there.
     cache: look for the plan on disk (`runtime/cache.py`), and keep it there; nothing is traced if it is found.
     Raises CaptureError for code that cannot be one graph, and ValueError if a fusion that is expected does not happen.
     """
     start = time.perf_counter()
+    plan, found = planned(
+        module, example_inputs, example_keywords, dynamic_shapes, expect, method, only, cache, target, device
+    )
+    return Compiled(module, plan, found, time.perf_counter() - start, weights)
+
+
+def planned(
+    module: nn.Module,
+    example_inputs: tuple[Any, ...],
+    example_keywords: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    expect: Mapping[str, int] | None = None,
+    method: str = "forward",
+    only: Sequence[passes.Pass] = passes.PASSES,
+    cache: bool = True,
+    target: str | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Plan, bool]:
+    """The plan alone, which needs no weights, and whether it was found on disk; arguments are those of `compile`."""
     inputs = (example_inputs, dict(example_keywords or {}))
-    target = target_of(_device(module, example_inputs)) if target is None else check_target(target)
+    here = _device(module, example_inputs)
+    there = here if device is None else indexed(torch.device(device))
+    target = target_of(there) if target is None else check_target(target)
     key = _key(module, *inputs, dynamic_shapes, method, only, target) if cache else None
     plan = find(key, pytree.tree_structure(inputs)) if key else None
     found = plan is not None
@@ -165,7 +195,7 @@ def compile(
         if key:
             keep(key, plan)
     _require(plan, expect or {})
-    return Compiled(module, plan, found, time.perf_counter() - start)
+    return plan if device is None else plan.on(there), found
 
 
 def _device(module: nn.Module, inputs: Any) -> torch.device:

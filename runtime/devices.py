@@ -1,9 +1,22 @@
 """What memory a device has free, and the order of work on a GPU."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the one that kernels, streams and events without a device of their own are for."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def indexed(device: torch.device) -> torch.device:
+    """A GPU with its number, as tensors name it."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def free_bytes(device: torch.device) -> int:

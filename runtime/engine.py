@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from horsepower.graph.plan import Plan
+from horsepower.kernels.target import target_of
 from horsepower.runtime import memory
-from horsepower.runtime.fused import FusedDiT
+from horsepower.runtime.devices import indexed
+from horsepower.runtime.fused import FusedDiT, plan_velocity
 from horsepower.runtime.media import image_pixels, open_image, read_audio
 from horsepower.runtime.models.audio_vae import CODEC_RATE, OUTPUT_RATE, STRIDE
 from horsepower.runtime.models.dit import DiT
@@ -33,7 +36,7 @@ from horsepower.runtime.presets import ModelName, Sizes, sizes
 from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, structured_prompt
 from horsepower.runtime.request import Cancelled, Progress, Request, Result
 from horsepower.runtime.sampling import Noise, SeededNoise
-from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder
+from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder, eager_dit
 from horsepower.runtime.tokens import AUDIO_CHANNELS, FPS, PATCH, VIDEO_CHANNELS, Grid
 from horsepower.runtime.watch import Watch
 
@@ -57,10 +60,18 @@ class Engine:
     """Turns requests into clips on one device. One request runs at a time; others wait, from any thread."""
 
     def __init__(
-        self, source: Source, model: ModelName, device: torch.device, dtype: torch.dtype, mode: str, strict: bool
+        self,
+        source: Source,
+        model: ModelName,
+        device: torch.device,
+        dtype: torch.dtype,
+        mode: str,
+        strict: bool,
+        notes: tuple[str, ...] = (),
     ):
         self._source, self.model, self.device, self.dtype, self.mode = source, model, device, dtype, mode
-        self._strict = strict
+        self._strict, self._notes = strict, (*source.notes, *notes)
+        self._plans: dict[ModelName, tuple[DiT, Plan]] = {}
         self._dits: dict[ModelName, DiT | FusedDiT] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose request runs
@@ -81,23 +92,21 @@ class Engine:
         device: None takes the first GPU, else the CPU.
         dtype: of the matrix products: torch.bfloat16 or torch.float32; None takes bfloat16 where it is fast.
         mode: "fused" compiles each model into one plan, in seconds; "eager" runs it as it is written. None takes
-            fused on a CPU; on a GPU there are no fused kernels yet.
+            fused on a CPU and on GPUs that there are kernels for, of capability 8.0 and newer.
         strict: a fusion that the model family expects and that does not happen is an error that says where; otherwise
             the model runs with those that did.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
         Raises ValueError naming what is missing or wrong.
         """
         chosen = _device(device)
-        modes = MODES if chosen.type == "cpu" else ("eager",)
-        if mode not in (None, *modes):
-            raise ValueError(f"mode: got {mode!r}, allowed: {', '.join(modes)} on {chosen.type}")
+        mode, notes = _mode(mode, chosen)
         dtype = _dtype(dtype, chosen)
         source = _open(folder, chosen, dtype)
         there = [name for name in ("distill", "base") if name in source.models()]
         if not there or model not in (None, *there):
             got = repr(model) if there else f"neither in {folder}"
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
-        engine = cls(source, there[0] if model is None else model, chosen, dtype, mode or modes[0], strict)
+        engine = cls(source, there[0] if model is None else model, chosen, dtype, mode, strict, notes)
         engine._dit(engine.model)
         return engine
 
@@ -124,7 +133,7 @@ class Engine:
             if picture.super_resolution:
                 latents = self._super_resolve(request, latents, picture, texts, given, noise, watch)
             video, sound = self._decode(latents, watch)
-        notes = (*self._source.notes, *notes, *_rounding(request, picture))
+        notes = (*self._notes, *notes, *_rounding(request, picture))
         return Result(video, sound, FPS, OUTPUT_RATE, request.seed, watch.timings, notes)
 
     @contextmanager
@@ -248,9 +257,22 @@ class Engine:
     def _dit(self, name: ModelName) -> DiT | FusedDiT:
         if name not in self._dits:
             self._check_channels(name)
-            model = self._source.dit(name)
-            self._dits[name] = FusedDiT(model, self._strict) if self.mode == "fused" else model
+            self._dits[name] = self._fused(name) if self.mode == "fused" else self._eager(name)
         return self._dits[name]
+
+    def _eager(self, name: ModelName) -> DiT:
+        return eager_dit(self._source, name, self.device, self.dtype)
+
+    def _fused(self, name: ModelName) -> FusedDiT:
+        """Weights go from the source through the plan's recipes; the model itself has none."""
+        model, plan = self._planned(name)
+        return FusedDiT(model, plan=plan, weights=self._source.weights(name))
+
+    def _planned(self, name: ModelName) -> tuple[DiT, Plan]:
+        if name not in self._plans:
+            model = DiT(self._source.config(name), self.dtype, "meta").eval()
+            self._plans[name] = model, plan_velocity(model, self.device, self._strict)
+        return self._plans[name]
 
     def _check_channels(self, name: ModelName) -> None:
         """Raise ValueError if a model does not read what the pipeline and the text encoder give."""
@@ -291,14 +313,27 @@ def _open(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dty
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: got {device!r}, allowed: cpu, cuda or cuda:N") from error
     if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device: got {str(chosen)!r}, allowed: cpu, or cuda where torch finds a GPU")
-    return chosen
+    return indexed(chosen)
+
+
+def _mode(mode: str | None, device: torch.device) -> tuple[str, tuple[str, ...]]:
+    """The mode that was asked for, else the device's best, and what is to be said of it."""
+    try:
+        target_of(device)
+    except ValueError as error:
+        if mode not in (None, "eager"):
+            raise ValueError(f"mode: got {mode!r}, allowed: eager on {device}; {error}") from None
+        return "eager", (f"mode: eager, as there are no fused kernels; {error}",) if mode is None else ()
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode: got {mode!r}, allowed: {', '.join(MODES)}")
+    return mode or MODES[0], ()
 
 
 def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from horsepower.graph.call import Call, Ref, refs_in
+from horsepower.graph.call import Call, Ref, Weight
 from horsepower.graph.contract import IntegerRule
 from horsepower.graph.memory import Layout, Place
 from horsepower.graph.operators import operator_of, writer_of
 from horsepower.graph.plan import Plan
 from horsepower.kernels.registry import op_of
-from horsepower.runtime.devices import StreamOrder, check_free
+from horsepower.runtime.devices import StreamOrder, check_free, current
 from horsepower.runtime.replay import Replay, capture
 
 Env = dict[str, Any]
@@ -33,22 +33,17 @@ class Executor:
     """
 
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor]):
-        """`weights`: every parameter and buffer by name. Raises ValueError for a missing one, or another shape."""
+        """`weights`: every parameter and buffer by name, each asked for once; it may lie elsewhere than the plan.
+
+        A weight on the plan's device that no recipe changes is used as it is. Raises ValueError for a missing one, or
+        another shape or dtype.
+        """
         self.plan = plan
-        known = {**weights, **plan.constants}
-        if missing := [weight.name for weight in plan.weights if weight.name not in known]:
+        there = {*weights, *plan.constants}  # their names: to look for one in a Mapping is to ask for it
+        if missing := [weight.name for weight in plan.weights if weight.name not in there]:
             raise ValueError(f"weights: {missing[0]} is missing, and {len(missing) - 1} more")
-        for weight in plan.weights:
-            got = known[weight.name]
-            spec = weight.spec
-            if (tuple(got.shape), got.dtype, got.device) != (spec.shape, spec.dtype, spec.device):
-                raise ValueError(f"{weight.name}: got {list(got.shape)} {got.dtype} on {got.device}, allowed: {spec}")
-        fixed: Env = {weight.value: known[weight.name] for weight in plan.weights}
-        with torch.no_grad():
-            for call in plan.loads:
-                _fresh(call, _reader(call, {}))(fixed)
-        used = {name for call in plan.calls for name in call.reads} | set(refs_in(plan.outputs))
-        self._fixed = {name: value for name, value in fixed.items() if name in used}
+        with torch.no_grad(), current(plan.device):
+            self._fixed = _loaded(plan, weights)
         self._idle: list[_Arena] = []
         self._around: Around | None = None
 
@@ -67,6 +62,10 @@ class Executor:
         Raises ValueError for inputs that break the contract.
         """
         given, sizes = self.plan.contract.check(args, kwargs)
+        with current(self.plan.device):
+            return self._run(given, sizes)
+
+    def _run(self, given: list[Any], sizes: Mapping[str, int]) -> Any:
         try:
             arena = self._idle.pop()
         except IndexError:
@@ -77,6 +76,26 @@ class Executor:
         finally:
             self._idle.append(arena)
         return pytree.tree_unflatten(flat, self.plan.out_spec)
+
+
+def _loaded(plan: Plan, weights: Mapping[str, Tensor]) -> Env:
+    """What the calls read of weights and of what is made from them. On the way a weight or two lie there beside it."""
+    env: Env = {}
+    for load in plan.loading:
+        for weight in load.takes:
+            env[weight.value] = _taken(weight, plan.constants if weight.name in plan.constants else weights)
+        if load.call is not None:
+            _fresh(load.call, _reader(load.call, {}))(env)
+        for name in load.frees:
+            env.pop(name)
+    return env
+
+
+def _taken(weight: Weight, known: Mapping[str, Tensor]) -> Tensor:
+    got, spec = known[weight.name], weight.spec
+    if (tuple(got.shape), got.dtype) != (spec.shape, spec.dtype):
+        raise ValueError(f"{weight.name}: got {list(got.shape)} {got.dtype}, allowed: {spec}")
+    return got.to(spec.device)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -5,10 +5,12 @@ response to prompt, image and sound) and no meaning.
 """
 
 import zlib
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from horsepower.runtime.executor import weights_of
 from horsepower.runtime.memory import turbo_bytes
 from horsepower.runtime.models import audio_vae, wan_vae
 from horsepower.runtime.models.dit import DiT
@@ -36,14 +38,14 @@ class Foal:
     def config(self, name: ModelName) -> DiTConfig:
         return FOAL_MODELS[name]
 
-    def dit(self, name: ModelName) -> DiT:
+    def weights(self, name: ModelName) -> Mapping[str, Tensor]:
         model = DiT(FOAL_MODELS[name], self._dtype)
         generate(model, name)
         with torch.no_grad():
             for key, weight in model.named_parameters():
                 if key.endswith(("linear_proj.weight", "down_proj.weight")):
                     weight.mul_(0.2)  # 80 branches of unit size would drown the embeddings
-        return model.to(self._device)
+        return weights_of(model)
 
     def text_encoder(self) -> TextEncoder:
         return HashedWordEncoder(FOAL_MODELS["base"].text_in_channels)

@@ -1,12 +1,15 @@
 """The DiT behind the compiler: `condition` as it is, `velocity` as one fused plan for all lengths."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from horsepower.graph import passes
-from horsepower.runtime.compiled import Compiled, compile
+from horsepower.graph.plan import Plan
+from horsepower.runtime.checkpoint import fill
+from horsepower.runtime.compiled import Compiled, compile, planned
 from horsepower.runtime.models.dit import Condition, Counts, DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 
@@ -49,23 +52,58 @@ def compile_velocity(
     only: Sequence[passes.Pass] = passes.PASSES,
     expect: Mapping[str, int] | None = None,
     cache: bool = True,
+    device: torch.device | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Compiled:
     """`model.velocity` as one plan for all lengths; the arguments are those of `compile`."""
     example = velocity_example(model)
-    return compile(model, example, None, VELOCITY_SHAPES, expect, method="velocity", only=only, cache=cache)
+    return compile(
+        model, example, None, VELOCITY_SHAPES, expect, "velocity", only, cache, device=device, weights=weights
+    )
+
+
+def plan_velocity(model: DiT, device: torch.device, strict: bool = True) -> Plan:
+    """The plan of `model.velocity` on a device, which states what it will need; the model may be on the meta device.
+
+    Raises ValueError, if `strict`, for a fusion that the model family expects and that does not happen.
+    """
+    expect = expected_fusions(model.config) if strict else None
+    plan, _ = planned(model, velocity_example(model), None, VELOCITY_SHAPES, expect, "velocity", device=device)
+    return plan
+
+
+def velocity_sizes(counts: Counts, frames: int) -> dict[str, int]:
+    """As `Plan.at` takes them, for the plan of a velocity."""
+    return dict(zip(("video_0", "audio_0", "condition_text_0", "frames"), (*counts, frames), strict=True))
 
 
 class FusedDiT:
-    """Stands where a DiT stands in the pipeline. Compiling takes seconds, once; new lengths do not compile again.
+    """Stands where a DiT stands in the pipeline. Compiling takes seconds, once; new lengths do not compile again."""
 
-    Raises ValueError, unless `strict` is False, if a fusion that the model family expects does not happen.
-    """
+    def __init__(
+        self, model: DiT, strict: bool = True, plan: Plan | None = None, weights: Mapping[str, Tensor] | None = None
+    ):
+        """`model` with its weights; or on the meta device, with its `plan` and its `weights` by name.
 
-    def __init__(self, model: DiT, strict: bool = True):
-        self.condition = model.condition
-        self.compiled = compile_velocity(model, expect=expected_fusions(model.config) if strict else None)
+        Such weights are streamed to the plan's device: beside the finished ones one or two are there at a time.
+        Raises ValueError, unless `strict` is False, if a fusion that the model family expects does not happen.
+        """
+        if plan is None or weights is None:
+            self.condition = model.condition
+            self.compiled = compile_velocity(model, expect=expected_fusions(model.config) if strict else None)
+        else:
+            self.condition = _conditioner(model, weights, plan.device).condition
+            self.compiled = Compiled(model, plan, True, 0.0, weights)
 
     def velocity(self, video: Tensor, audio: Tensor, condition: Condition, frames: int) -> tuple[Tensor, Tensor]:
         """As `DiT.velocity`."""
         result: tuple[Tensor, Tensor] = self.compiled(video, audio, condition, frames)
         return result
+
+
+def _conditioner(model: DiT, weights: Mapping[str, Tensor], device: torch.device) -> DiT:
+    """A twin that has what `condition` reads and nothing else."""
+    twin = copy.deepcopy(model)  # of the meta device: nothing is copied
+    for part in ("adapter.text_embedder", "adapter.rope"):
+        fill(twin.get_submodule(part), weights, device, f"{part}.")
+    return twin

@@ -7,13 +7,15 @@ stable-audio-open-1.0/              model.safetensors and model_config.json, or 
 t5gemma-9b-9b-ul2/                  the text encoder, as transformers has it
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from horsepower.runtime.checkpoint import INDEX, SINGLE, Weights, load, read_json
+from horsepower.runtime.checkpoint import INDEX, SINGLE, Tensors, Weights, load, read_json
 from horsepower.runtime.memory import turbo_bytes, wan_bytes
 from horsepower.runtime.models import audio_vae, wan_vae
 from horsepower.runtime.models.dit import DiT, FourierRope
@@ -47,13 +49,11 @@ class ReleasedFolder:
         file = self._folder / name / "config.json"
         return DiTConfig.from_dict(read_json(file)) if file.exists() else MODELS[name]
 
-    def dit(self, name: ModelName) -> DiT:
+    def weights(self, name: ModelName) -> Mapping[str, Tensor]:
         config = self.config(name)
-        model = DiT(config, self._dtype, "meta")
         bands = FourierRope(config.head_dim, torch.float32, "cpu").bands
-        weights = Weights.find(self._folder / name)
-        load(model, weights, self._device, defaults={"adapter.rope.bands": bands})
-        return model.eval()
+        files = Weights.find(self._folder / name)
+        return Tensors(DiT(config, self._dtype, "meta"), files, self._device, defaults={"adapter.rope.bands": bands})
 
     def text_encoder(self) -> TextEncoder:
         return T5GemmaEncoder(self._part(TEXT), self._device)

@@ -1,10 +1,12 @@
 """Where an engine's parts come from: the built-in preset, or a folder of released checkpoints."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
+from horsepower.runtime.checkpoint import fill
 from horsepower.runtime.models import audio_vae
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
@@ -47,7 +49,7 @@ class OobleckCodec:
 
 
 class Source(Protocol):
-    """Builds parts on the engine's device; each method is called at most once."""
+    """Builds parts on the engine's device; each method is called at most once for each part."""
 
     notes: tuple[str, ...]  # what every result made from this source should say
 
@@ -57,7 +59,9 @@ class Source(Protocol):
 
     def config(self, name: ModelName) -> DiTConfig: ...
 
-    def dit(self, name: ModelName) -> DiT: ...
+    def weights(self, name: ModelName) -> Mapping[str, Tensor]:
+        """A DiT's parameters and buffers by name, in its dtypes, read when they are asked for, on any device."""
+        ...
 
     def text_encoder(self) -> TextEncoder: ...
 
@@ -70,3 +74,10 @@ class Source(Protocol):
         ...
 
     def audio_codec(self) -> AudioCodec: ...
+
+
+def eager_dit(source: Source, name: ModelName, device: torch.device, dtype: torch.dtype) -> DiT:
+    """A DiT as it is written, all its weights on a device; dtype: of its matrix products."""
+    model = DiT(source.config(name), dtype, "meta")
+    fill(model, source.weights(name), device)
+    return model.eval()

@@ -65,7 +65,7 @@ def test_the_parts_hold_the_files_values(converted):
     source = ReleasedFolder(converted, CPU, BF16)
     files = sorted((converted / "distill").glob("*.safetensors"))
     state = {key: value for file in files for key, value in load_file(file).items()}
-    dit = source.dit("distill").state_dict()
+    dit = source.weights("distill")
     assert all(torch.equal(dit[key], value.to(dit[key].dtype)) for key, value in state.items())
     assert source.config("1080p_sr").local_attn_layers == (0, 1, 2, 4)
     wan = load_file(converted / "Wan2.2-TI2V-5B" / "Wan2.2_VAE.safetensors")
@@ -93,7 +93,7 @@ def test_a_folder_of_the_reference_shape_needs_no_config(copy):
     source = ReleasedFolder(copy, CPU, BF16)
     assert source.config("base").hidden_size == 5120
     with pytest.raises(ValueError, match=r"checkpoint .*base: is missing block\.layers"):
-        source.dit("base")
+        source.weights("base")
 
 
 @pytest.mark.parametrize(
