@@ -1,6 +1,8 @@
 """One step of a preset's model, at the token counts that a user asks about."""
 
 import math
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +10,9 @@ import torch
 from torch import Tensor
 
 from horsepower.runtime.engine import Engine
+from horsepower.runtime.executor import weights_of
 from horsepower.runtime.foal import Foal
-from horsepower.runtime.models.dit import Counts, DiT
+from horsepower.runtime.models.dit import Counts, DiT, FourierRope
 from horsepower.runtime.presets import FOAL_MODELS, MODELS
 from horsepower.runtime.source import eager_dit
 from horsepower.runtime.tokens import PATCH, Grid, coordinates
@@ -43,6 +46,13 @@ class Tokens:
     @property
     def total(self) -> int:
         return self.video + self.audio + self.text
+
+    @property
+    def grid(self) -> Grid:
+        """Of such a clip, its frames as square as can be."""
+        place = self.video // self.frames
+        rows = max(n for n in range(1, math.isqrt(place) + 1) if place % n == 0)
+        return Grid(self.frames, rows * PATCH, place // rows * PATCH, self.audio)
 
     @classmethod
     def parse(cls, counts: str, frames: int) -> "Tokens":
@@ -78,20 +88,45 @@ def released(name: str) -> DiT:
     return DiT(MODELS[name], device="meta")
 
 
+class RandomWeights(Mapping[str, Tensor]):
+    """Values for a DiT by name, each made on a device whenever it is asked for: no two need to be there at once.
+
+    The same for the same name and seed on devices that draw alike. Matrices keep the variance of what they multiply.
+    """
+
+    def __init__(self, model: DiT, device: torch.device | str, seed: int = 0):
+        """`model` may be on the meta device."""
+        self._like, self._config, self._device, self._seed = weights_of(model), model.config, device, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        like = self._like[name]
+        if name == "adapter.rope.bands":
+            return FourierRope(self._config.head_dim, like.dtype, self._device).bands
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        scale = 0.1 if like.ndim == 1 else like.shape[-1] ** -0.5
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=self._device).mul_(scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+
 def inputs(model: DiT, tokens: Tokens) -> tuple[Any, ...]:
-    """Arguments of `model.velocity`: noise as in the first step, random text, the coordinates of such a clip."""
+    """Arguments of `model.velocity`: noise as in the first step, random text, the coordinates of such a clip.
+
+    Of `model` only what its `condition` reads is needed; they lie on its device.
+    """
     generator = torch.Generator().manual_seed(0)
-    config, like = model.config, model.final_linear_video.weight
+    config, like = model.config, model.adapter.text_embedder.weight
 
     def normal(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator).to(like)
 
     video, audio = normal(tokens.video, config.video_in_channels), normal(tokens.audio, config.audio_in_channels)
-    place = tokens.video // tokens.frames
-    rows = max(n for n in range(1, math.isqrt(place) + 1) if place % n == 0)
-    grid = Grid(tokens.frames, rows * PATCH, place // rows * PATCH, tokens.audio)
     with torch.no_grad():
         condition = model.condition(
-            normal(tokens.text, config.text_in_channels), coordinates(grid, tokens.text).to(like.device)
+            normal(tokens.text, config.text_in_channels), coordinates(tokens.grid, tokens.text).to(like.device)
         )
     return video, audio, condition, tokens.frames

@@ -92,7 +92,7 @@ class FusedDiT:
             self.condition = model.condition
             self.compiled = compile_velocity(model, expect=expected_fusions(model.config) if strict else None)
         else:
-            self.condition = _conditioner(model, weights, plan.device).condition
+            self.condition = conditioner(model, weights, plan.device).condition
             self.compiled = Compiled(model, plan, True, 0.0, weights)
 
     def velocity(self, video: Tensor, audio: Tensor, condition: Condition, frames: int) -> tuple[Tensor, Tensor]:
@@ -101,8 +101,8 @@ class FusedDiT:
         return result
 
 
-def _conditioner(model: DiT, weights: Mapping[str, Tensor], device: torch.device) -> DiT:
-    """A twin that has what `condition` reads and nothing else."""
+def conditioner(model: DiT, weights: Mapping[str, Tensor], device: torch.device | str) -> DiT:
+    """A twin of a model on the meta device that has what `condition` reads, and nothing else."""
     twin = copy.deepcopy(model)  # of the meta device: nothing is copied
     for part in ("adapter.text_embedder", "adapter.rope"):
         fill(twin.get_submodule(part), weights, device, f"{part}.")
