@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class _Step:
     exact: Tensor
 
     def error(self, result: Sequence[Tensor]) -> float:
-        return float((_flat(result).double() - self.exact).norm() / self.exact.norm())
+        return float((flat(result).double() - self.exact).norm() / self.exact.norm())
 
 
 def climb(options: Options, say: Say = lambda _: None) -> Report:
@@ -135,7 +136,7 @@ def measure(options: Options, say: Say = lambda _: None) -> list[list[Rung]]:
     _warm_compilers(options)
     with torch.no_grad():
         plans: dict[str, Compiled] = {}
-        for key, passes in _plans(options):
+        for key, passes in climbed(options.skip):
             say(f"compiling {LABELS[key]}")
             plans[key] = compile_velocity(model, passes, cache=False)
         return [list(_measure(model, plans, tokens, options, say)) for tokens in options.tokens]
@@ -151,9 +152,9 @@ def _measure(model: DiT, plans: Mapping[str, Compiled], tokens: Tokens, options:
         if key not in options.skip:
             say(f"compiling {LABELS[key]}")
             try:
-                ways[key], rungs[key] = _compile_cold(key, build, model, step)
+                ways[key], rungs[key] = compile_cold(key, partial(build, model), step.inputs)
             except Exception as error:  # a compiler that is not there, or code that it cannot compile: the row says so
-                rungs[key] = Rung(key, failed=f"{type(error).__name__}: {_first_line(error)}")
+                rungs[key] = Rung(key, failed=f"{type(error).__name__}: {first_line(error)}")
     for key, plan in plans.items():
         start = time.perf_counter()
         plan(*step.inputs)
@@ -174,10 +175,10 @@ def _call(run: Velocity, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: run(*inputs)
 
 
-def _plans(options: Options) -> Iterator[tuple[str, tuple[Pass, ...]]]:
+def climbed(skip: Sequence[str]) -> Iterator[tuple[str, tuple[Pass, ...]]]:
     """Each plan's key and its passes: all that are no fusion, and one fusion more each time."""
     for i, key in enumerate(("plan", *(each.__name__ for each in FUSIONS))):
-        if key not in options.skip:
+        if key not in skip:
             yield key, tuple(each for each in PASSES if each not in FUSIONS[i:])
 
 
@@ -196,7 +197,7 @@ def _regional(model: DiT) -> Velocity:
 _TORCH: dict[str, Callable[[DiT], Velocity]] = {"whole": _whole, "regional": _regional}
 
 
-def _compile_cold(key: str, build: Callable[[DiT], Velocity], model: DiT, step: _Step) -> tuple[Velocity, Rung]:
+def compile_cold(key: str, build: Callable[[], Velocity], inputs: tuple[Any, ...]) -> tuple[Velocity, Rung]:
     """From an empty cache to the first result. Raises RuntimeError if it ran eager: Dynamo does so in silence."""
     from torch._dynamo.utils import counters
     from torch._inductor.utils import fresh_cache
@@ -204,8 +205,8 @@ def _compile_cold(key: str, build: Callable[[DiT], Velocity], model: DiT, step: 
     before = counters["stats"]["unique_graphs"]
     with fresh_cache(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, suppress_errors=False):
         start = time.perf_counter()
-        run = build(model)
-        run(*step.inputs)
+        run = build()
+        run(*inputs)
         seconds = time.perf_counter() - start
     if counters["stats"]["unique_graphs"] == before:
         raise RuntimeError("nothing was compiled, it ran eager; is torch.compile disabled?")
@@ -234,14 +235,14 @@ def _step(model: DiT, tokens: Tokens) -> _Step:
         own.copy_(narrow)
     given = video, audio, condition, frames = inputs(model, tokens)
     wide = Condition(condition.text.double(), condition.rope.double())
-    return _Step(given, _flat(exact.velocity(video.double(), audio.double(), wide, frames)))
+    return _Step(given, flat(exact.velocity(video.double(), audio.double(), wide, frames)))
 
 
-def _flat(parts: Sequence[Tensor]) -> Tensor:
+def flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
@@ -279,9 +280,9 @@ def _report(options: Options, runs: Sequence[list[list[Rung]]]) -> Report:
         frames = f"{tokens.frames} frame{'s' * (tokens.frames != 1)}"
         title = f"{tokens.total} tokens: {tokens.video} video in {frames}, {tokens.audio} audio, {tokens.text} text"
         rungs = list(zip(*(run[i] for run in runs), strict=True))
-        best = [_best(run[i]) for run in runs]
+        best = [best_rival(run[i]) for run in runs]
         parts.append(Table(title, columns, tuple(_row(rung, rungs[0], best) for rung in rungs)))
-        ran = [(rung[0].key, _spread(rungs[0], rung)) for rung in rungs if not _failed(rung)]
+        ran = [(rung[0].key, speedup(rungs[0], rung)) for rung in rungs if not _failed(rung)]
         drawn = [Bar(LABELS[key], speed.median, speed.low, speed.high) for key, speed in ran]
         parts.append(Figure(f"{title}: how many times as fast as eager", bars(f"{title}: eager / rung", drawn)))
     policy = f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'unset')}"
@@ -299,7 +300,7 @@ def _row(rungs: Sequence[Rung], eager: Sequence[Rung], best: Sequence[Rung | Non
     label = LABELS[rungs[0].key]
     if failed := _failed(rungs):
         return (label, *[None] * 7, failed)
-    speed = _spread(eager, rungs)
+    speed = speedup(eager, rungs)
     rivals = [rung for rung in best if rung is not None]
     compiled = [rung.compile_seconds for rung in rungs if rung.compile_seconds is not None]
     return (
@@ -307,7 +308,7 @@ def _row(rungs: Sequence[Rung], eager: Sequence[Rung], best: Sequence[Rung | Non
         speed.median,
         speed.low,
         speed.high,
-        _spread(rivals, rungs).median if len(rivals) == len(rungs) else None,
+        speedup(rivals, rungs).median if len(rivals) == len(rungs) else None,
         statistics.median(compiled) if compiled else None,
         max(rung.peak or 0 for rung in rungs) / 2**20,
         max(rung.error or 0.0 for rung in rungs),
@@ -319,13 +320,13 @@ def _failed(rungs: Sequence[Rung]) -> str:
     return next((rung.failed for rung in rungs if rung.failed), "")
 
 
-def _best(rungs: Sequence[Rung]) -> Rung | None:
+def best_rival(rungs: Sequence[Rung]) -> Rung | None:
     """The fastest of torch.compile's."""
     ran = [rung for rung in rungs if rung.key in _TORCH and rung.seconds]
     return min(ran, key=lambda rung: statistics.median(rung.seconds), default=None)
 
 
-def _spread(numerators: Sequence[Rung], denominators: Sequence[Rung]) -> Ratio:
+def speedup(numerators: Sequence[Rung], denominators: Sequence[Rung]) -> Ratio:
     """Of one process, median and quartiles; of several, the median of their medians, the lowest and the highest."""
     ratios = [ratio(a.seconds, b.seconds) for a, b in zip(numerators, denominators, strict=True)]
     if len(ratios) == 1:

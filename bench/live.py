@@ -16,8 +16,9 @@ def live_peak(run: Callable[[], object]) -> int:
     """The most bytes that storages made during `run()` held at one time.
 
     Views share a storage and count it once; an op that returns memory of its inputs makes nothing, and what was alive
-    before does not count. Scratch memory inside one operator of torch is not seen; `run` is watched in the calling
-    thread alone. Not for what torch.compile made: under a dispatch mode it runs eager, and stays so afterwards.
+    before does not count, and neither does the meta device. Scratch memory inside one operator of torch is not seen;
+    `run` is watched in the calling thread alone. Not for what torch.compile made: under a dispatch mode it runs eager,
+    and stays so afterwards.
     """
     watch = _Watch()
     with watch:
@@ -70,4 +71,4 @@ class _Watch(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [x.untyped_storage() for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+    return [x.untyped_storage() for x in pytree.tree_leaves(tree) if isinstance(x, Tensor) and not x.is_meta]

@@ -39,7 +39,7 @@ def paired(
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_time(candidates[name]))
+            seconds[name].append(seconds_of(candidates[name]))
     return {name: tuple(values) for name, values in seconds.items()}
 
 
@@ -67,7 +67,8 @@ def machine(device: str = "cpu") -> str:
     return f"{processor}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def _time(run: Callable[[], object]) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """Of one run, what it started on a GPU included."""
     _finish()
     start = time.perf_counter()
     run()

@@ -62,14 +62,19 @@ def compile_velocity(
     )
 
 
-def plan_velocity(model: DiT, device: torch.device, strict: bool = True) -> Plan:
-    """The plan of `model.velocity` on a device, which states what it will need; the model may be on the meta device.
+def plan_velocity(
+    model: DiT,
+    device: torch.device,
+    strict: bool = True,
+    only: Sequence[passes.Pass] = passes.PASSES,
+    cache: bool = True,
+) -> Plan:
+    """The plan alone, on a device, which states what it will need; the model may be on the meta device.
 
     Raises ValueError, if `strict`, for a fusion that the model family expects and that does not happen.
     """
-    expect = expected_fusions(model.config) if strict else None
-    plan, _ = planned(model, velocity_example(model), None, VELOCITY_SHAPES, expect, "velocity", device=device)
-    return plan
+    example, expect = velocity_example(model), expected_fusions(model.config) if strict else None
+    return planned(model, example, None, VELOCITY_SHAPES, expect, "velocity", only, cache, device=device)[0]
 
 
 def velocity_sizes(counts: Counts, frames: int) -> dict[str, int]:

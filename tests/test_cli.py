@@ -74,6 +74,12 @@ def test_quiet_says_nothing(tmp_path):
         (("bench", "--skip", "eager"), "skip"),
         (("bench", "--html", "/nowhere/report.html"), "file"),
         (("bench", "--json", "."), "file"),
+        (("bench", "--device", "cuda"), "device"),
+        (("bench", "--resolution", "8k"), "resolution"),
+        (("bench", "--resolution", "256p", "--layers", "4"), "layers"),
+        (("bench", "--resolution", "256p", "--rounds", "0"), "rounds"),
+        (("bench", "--resolution", "256p", "--device", "cpu"), "device"),
+        (("bench", "--resolution", "256p", "--tokens", "4,3,2", "--tokens", "8,3,2"), "tokens"),
         (("verify", "--tokens", "446,26"), "tokens"),
         (("verify", "--tokens", "0,26,40"), "tokens"),
         (("verify", "--frames", "3"), "frames"),
@@ -128,6 +134,40 @@ def test_bench_reports_in_three_forms(tmp_path):
     assert [row["rung"] for row in table["rows"]] == ["eager", "+ fuse_add_norm (all)"]
     assert all(row["rung"] in done.stdout for row in table["rows"])
     assert "</svg>" in (tmp_path / "bench.html").read_text()
+
+
+def test_bench_of_the_full_size_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(preset_step, "released", lambda name: DiT(TINY, device="meta"))
+    assert cli.main(("bench", "--resolution", "540p", "--tokens", "12,5,4", "--frames", "2")) == 0
+    said = capsys.readouterr().out
+    assert "Nothing was measured: this machine has no GPU." in said
+    assert "540p_sr, 12,5,4 tokens in 2 frames, on one NVIDIA H100" in said
+    assert "The ladder of a step" in said
+    assert "The plan's kernels" not in said
+
+
+def test_bench_of_the_full_size_on_a_gpu(monkeypatch, capsys):
+    """Played: the CPU stands for the GPU."""
+    from horsepower import measuring
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(preset_step, "released", lambda name: DiT(TINY, device="meta"))
+    monkeypatch.setattr(measuring, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(measuring, "indexed", lambda device: torch.device("cpu"))
+    climb = measuring.full.climb
+
+    def climbed(*arguments):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        return climb(*arguments)
+
+    monkeypatch.setattr(measuring.full, "climb", climbed)
+    words = ("--quick", "--tokens", "12,5,4", "--frames", "2", "--rounds", "3")
+    assert cli.main(("bench", "--resolution", "1080p", "--device", "cuda", *words)) == 0
+    said = capsys.readouterr().out
+    assert "One velocity step of 1080p_sr at full size, 12,5,4 tokens in 2 frames" in said
+    assert "+ fuse_add_norm (all)" in said
+    assert "plan without fusion" not in said
 
 
 def test_nobody_reads(tmp_path):

@@ -100,6 +100,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="foal", choices=("foal",), help="model family (default: %(default)s)")
     parser.add_argument(
+        "--resolution", metavar="R", help="256p, 540p or 1080p: a released model at full size, on a GPU, in its stead"
+    )
+    parser.add_argument("--device", help="of the full size: cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument(
         "--tokens", action="append", metavar="V,A,T", help="of video, audio, text; may be repeated (default: 446,26,40)"
     )
     parser.add_argument("--frames", type=int, default=1, metavar="N", help="latent frames (default: %(default)s)")
@@ -234,6 +238,10 @@ def _report(result: "Result", output: str) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     _prepare_process()
+    if arguments.resolution is not None:
+        return _bench_full(arguments)
+    if arguments.device is not None:
+        raise ValueError(f"device: got {arguments.device} without a resolution, allowed: both or none")
     from horsepower.bench.ladder import QUICK, Options, climb
     from horsepower.bench.step import Tokens
 
@@ -242,10 +250,33 @@ def _bench(arguments: argparse.Namespace) -> int:
     given["tokens"] = tuple(Tokens.parse(each, arguments.frames) for each in arguments.tokens or ("446,26,40",))
     given["skip"] = tuple(arguments.skip) if arguments.skip else None
     options = Options(**{**(QUICK if arguments.quick else {}), **{k: v for k, v in given.items() if v is not None}})
-    quiet = not sys.stderr.isatty()
-    report = climb(options, lambda line: None if quiet else print(f"... {line}", file=sys.stderr, flush=True))
+    report = climb(options, _say)
     _publish(arguments, report, report)
     return 0
+
+
+def _bench_full(arguments: argparse.Namespace) -> int:
+    """The ladder of a released model on a GPU; what is predicted of it where there is none."""
+    from horsepower.bench.step import Tokens
+    from horsepower.measuring import measure_full
+
+    _check_files(arguments)
+    for name in ("window", "hidden", "layers", "processes"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{name}: got {getattr(arguments, name)}, allowed: none with a resolution")
+    if len(arguments.tokens or ()) > 1:
+        raise ValueError(f"tokens: got {len(arguments.tokens)} lengths, allowed: one with a resolution")
+    tokens = Tokens.parse(arguments.tokens[0], arguments.frames) if arguments.tokens else None
+    report = measure_full(
+        arguments.resolution, arguments.device, tokens, arguments.rounds, arguments.skip or (), arguments.quick, _say
+    )
+    _publish(arguments, report, report)
+    return 0
+
+
+def _say(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"... {line}", file=sys.stderr, flush=True)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -18,9 +18,10 @@ from horsepower.graph.graph import Graph
 from horsepower.graph.passes import run
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from horsepower.runtime.models.dit import DiT
-from horsepower.runtime.presets import PIPELINES
+from horsepower.runtime.presets import PIPELINES, ModelName
 from horsepower.runtime.tokens import Grid
 
+KERNELS = "The plan's kernels"  # a title
 SECONDS, TEXT = 5, 400  # of the clip that published times are of; tokens of a typical prompt
 LEGEND = (
     "time of a kernel = max(FLOPs / rate of its unit, bytes / bandwidth); a step is the sum of its kernels. Units: "
@@ -37,10 +38,18 @@ LADDER = (
 
 
 def tokens_of(resolution: str) -> Tokens:
-    """Of the last stage of a pipeline (256p, 540p, 1080p), for a clip of 5 seconds."""
+    """Of the last stage of a pipeline (256p, 540p, 1080p), for a clip of 5 seconds. Raises ValueError."""
+    variant_of(resolution)
     pipeline = PIPELINES[resolution]
     grid = Grid.of(pipeline.width, pipeline.height, SECONDS * 25 + 1)
     return Tokens(grid.video, grid.audio, TEXT, grid.frames)
+
+
+def variant_of(resolution: str) -> ModelName:
+    """The model of a pipeline's last stage. Raises ValueError."""
+    if resolution not in PIPELINES:
+        raise ValueError(f"resolution: got {resolution!r}, allowed: {', '.join(PIPELINES)}")
+    return PIPELINES[resolution].super_resolution or "distill"
 
 
 def graphs_of(model: DiT, target: str) -> tuple[Graph, Graph, Graph]:
@@ -60,11 +69,8 @@ def predict(gpu: str, resolution: str, tokens: Tokens | None = None) -> Report:
 
     Raises ValueError for a GPU or a resolution that is not known.
     """
-    if resolution not in PIPELINES:
-        raise ValueError(f"resolution: got {resolution!r}, allowed: {', '.join(PIPELINES)}")
-    chosen = _gpu(gpu)
+    variant, chosen = variant_of(resolution), _gpu(gpu)
     tokens = tokens or tokens_of(resolution)
-    variant = PIPELINES[resolution].super_resolution or "distill"
     rungs = rungs_of(step.released(variant), tokens, chosen.target)
     title = f"Roofline of a step: {variant}, {tokens} tokens in {tokens.frames} frames, on one {chosen.name}"
     parts = (Paragraph(LEGEND), _rates(chosen), _ladder(rungs, chosen), _plot(rungs, chosen.reached))
@@ -81,6 +87,14 @@ def _gpu(name: str) -> GPU:
         here = "; here, with a GPU" if name == "here" else ", here"
         raise ValueError(f"gpu: got {name!r}, allowed: {', '.join(GPUS)}{here}")
     return GPUS[name]
+
+
+def unmeasured(resolution: str, tokens: Tokens, why: str) -> Report:
+    """The predicted ladder of a step on an H100, for who asked for a measured one. Raises ValueError."""
+    report = predict("h100", resolution, tokens)
+    says = Paragraph(f"Nothing was measured: {why}. This is what a step is predicted to take.")
+    kept = (part for part in report.parts if not isinstance(part, Table) or part.title != KERNELS)
+    return replace(report, parts=(says, *kept))
 
 
 def _rates(gpu: GPU) -> Table:
@@ -130,7 +144,7 @@ def _kernels(plan: Rung, gpu: GPU, measured: Mapping[Kernel, float] | None = Non
         rows.append((kernel.name, kernel.where, n, *work, *times, *timed))
     done = ("kernel", "where", "runs", "GFLOP", "MB", "FLOP a byte", "waits for")
     times_of = ("floor us", "predicted us", "all of them ms", "measured us", "share of the floor")
-    return Table("The plan's kernels", (*done, *times_of), tuple(rows), "GFLOP, MB and us are of one run.")
+    return Table(KERNELS, (*done, *times_of), tuple(rows), "GFLOP, MB and us are of one run.")
 
 
 def _missing() -> str:

@@ -69,7 +69,7 @@ def test_the_model_is_the_preset_in_another_size():
 
 
 def test_each_rung_adds_one_fusion_and_the_last_is_what_the_engine_runs():
-    plans = list(ladder._plans(Options()))
+    plans = list(ladder.climbed(()))
     assert [key for key, _ in plans] == [key for key in LABELS if key not in ("eager", "whole", "regional")]
     assert plans[-1][1] == PASSES
     assert not any(each.__name__.startswith("fuse_") for each in plans[0][1])

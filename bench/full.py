@@ -1,0 +1,319 @@
+"""The ladder at full size: a step of a model of the released sizes on a GPU, with random weights, rung by rung.
+
+Not all rungs have their weights in memory at one time. In each round the rungs take turns; a rung whose weights had to
+go makes them anew and warms up before it is timed.
+"""
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from horsepower.bench import step
+from horsepower.bench.ladder import LABELS, Rung, Velocity, best_rival, climbed, compile_cold, first_line, flat, speedup
+from horsepower.bench.live import allocated_peak
+from horsepower.bench.measure import machine, seconds_of
+from horsepower.bench.plot import Bar, bars
+from horsepower.bench.report import Cell, Figure, Paragraph, Part, Report, Table
+from horsepower.bench.step import RandomWeights, Tokens
+from horsepower.graph.passes import Pass
+from horsepower.graph.plan import Plan
+from horsepower.runtime import memory
+from horsepower.runtime.checkpoint import fill
+from horsepower.runtime.devices import free_bytes
+from horsepower.runtime.executor import Executor, weights_of
+from horsepower.runtime.fused import conditioner, plan_velocity, velocity_sizes
+from horsepower.runtime.models.dit import Condition, DiT
+
+Say = Callable[[str], None]
+
+SAMPLE = 2048  # tokens at which errors are found: float64 takes some seconds
+SPARE = 2**30  # bytes for what libraries take beside tensors
+WARMUP = 2  # after the first run: a plan's second is captured, from its third on it is replayed
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured. Raises ValueError for what cannot be."""
+
+    tokens: Tokens
+    rounds: int = 5
+    skip: tuple[str, ...] = ()  # keys of LABELS
+
+    def __post_init__(self) -> None:
+        if self.rounds < 3:
+            raise ValueError(f"rounds: got {self.rounds}, allowed: at least 3")
+        allowed = [name for name in LABELS if name not in ("eager", "whole")]
+        if wrong := [name for name in self.skip if name not in (*allowed, "whole")]:
+            raise ValueError(f"skip: got {wrong[0]!r}, allowed: {', '.join(allowed)}")
+
+
+class Seat(Protocol):
+    """What holds weights on the device between `load` and `drop`."""
+
+    bytes: int  # that it holds at the most
+
+    def load(self) -> None: ...
+
+    def drop(self) -> None: ...
+
+
+class Modules:
+    """The model as it is written, and a twin whose layers torch.compile compiles; both have the same weights."""
+
+    def __init__(self, model: DiT, weights: Mapping[str, Tensor], device: torch.device):
+        """`model` is on the meta device."""
+        self.eager, self.regional = copy.deepcopy(model), copy.deepcopy(model)
+        for layer in self.regional.block.layers:
+            layer.compile(dynamic=False)
+        self._weights, self._device = weights, device
+        self.bytes = sum(x.nbytes for x in weights_of(model).values())
+
+    def load(self) -> None:
+        values = dict(self._weights)
+        for each in (self.eager, self.regional):
+            fill(each, values, self._device)
+
+    def drop(self) -> None:
+        for each in (self.eager, self.regional):
+            each.to("meta")
+
+
+class Planned:
+    """A plan and, at times, its executor."""
+
+    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], tokens: Tokens):
+        self._plan, self._weights = plan, weights
+        self._run: Executor | None = None
+        self.bytes = plan.weight_bytes + plan.at(velocity_sizes(tokens.counts, tokens.frames)).peak
+
+    def load(self) -> None:
+        self._run = Executor(self._plan, self._weights)
+
+    def drop(self) -> None:
+        self._run = None
+
+    def velocity(self, *inputs: Any) -> Any:
+        assert self._run is not None
+        return self._run(*inputs)
+
+
+class Pool:
+    """The seats that are loaded: as many as memory holds; who sat longest without a turn goes first."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._loaded: list[Seat] = []
+
+    def take(self, seat: Seat, beside: int) -> bool:
+        """Load a seat, with `beside` bytes left to run it; False if it was there. Raises ValueError if it cannot be."""
+        if (missing := seat.bytes + beside - self._capacity) > 0:
+            raise ValueError(
+                f"device: got {self._capacity / 2**30:.1f} GiB free, allowed: at least "
+                f"{(seat.bytes + beside) / 2**30:.1f}; {missing / 2**30:.1f} GiB are missing"
+            )
+        there = seat in self._loaded
+        if there:
+            self._loaded.remove(seat)
+        while self._loaded and sum(each.bytes for each in (*self._loaded, seat)) + beside > self._capacity:
+            self._drop(self._loaded.pop(0))
+        if not there:
+            seat.load()
+        self._loaded.append(seat)
+        return not there
+
+    def clear(self) -> None:
+        while self._loaded:
+            self._drop(self._loaded.pop())
+
+    def _drop(self, seat: Seat) -> None:
+        seat.drop()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@dataclass
+class Way:
+    """One way to run the step."""
+
+    key: str
+    seat: Seat
+    run: Velocity
+    beside: int  # bytes that a run takes beside its seat
+    planning: float | None = None  # seconds
+    rung: Rung = field(init=False)
+    seconds: list[float] = field(default_factory=list)
+    warm: bool = False
+
+    def __post_init__(self) -> None:
+        self.rung = Rung(self.key)
+
+
+def climb(model: DiT, options: Options, device: torch.device, title: str, say: Say = lambda _: None) -> Report:
+    """Measure every rung; `model` is on the meta device. `say` gets a line now and then: it takes minutes."""
+    return report(title, options, measure(model, options, device, say), machine(str(device)))
+
+
+@torch.no_grad()
+def measure(
+    model: DiT, options: Options, device: torch.device, say: Say = lambda _: None, capacity: int | None = None
+) -> list[Rung]:
+    """The rungs at the options' tokens. capacity: bytes to do with; None takes what the device has free."""
+    weights = RandomWeights(model, device)
+    part = conditioner(model, weights, device)
+    inputs, sample = (step.inputs(part, each) for each in (options.tokens, options.tokens.scaled(SAMPLE)))
+    say("computing a sample in float64")
+    exact = flat(exact_velocity(model, weights, sample))
+    ways = list(_ways(model, weights, options, device, say))
+    pool = Pool(free_bytes(device) - SPARE if capacity is None else capacity)
+    for i in range(options.rounds):
+        say(f"round {i + 1} of {options.rounds}")
+        first = i % len(ways)
+        for way in ways[first:] + ways[:first]:
+            if way.rung.failed:
+                continue
+            try:
+                if pool.take(way.seat, way.beside):
+                    for each in ways:
+                        each.warm = each.warm and each.seat is not way.seat
+                _turn(way, inputs, sample, exact, device)
+            except Exception as error:  # memory that is not there, a compiler that fails: the row says so
+                way.rung = replace(way.rung, failed=f"{type(error).__name__}: {first_line(error)}")
+            if way.rung.failed:
+                pool.clear()  # out here, where the error holds no tensors
+    return [way.rung if way.rung.failed else replace(way.rung, seconds=tuple(way.seconds)) for way in ways]
+
+
+def _ways(
+    model: DiT, weights: Mapping[str, Tensor], options: Options, device: torch.device, say: Say
+) -> list[Way]:  # fmt: skip
+    """All rungs, nothing loaded yet; the plans are made."""
+    modules = Modules(model, weights, device)
+    beside = memory.activation_bytes(model.config, options.tokens.grid, options.tokens.text)
+    ways = [Way("eager", modules, modules.eager.velocity, beside)]
+    if "regional" not in options.skip:
+        ways.append(Way("regional", modules, modules.regional.velocity, beside))
+    for key, passes in climbed(options.skip):
+        say(f"planning {LABELS[key]}")
+        plan, seconds = _planned(model, passes, device)
+        seat = Planned(plan, weights, options.tokens)
+        ways.append(Way(key, seat, seat.velocity, 0, seconds))
+    return ways
+
+
+def _planned(model: DiT, passes: tuple[Pass, ...], device: torch.device) -> tuple[Plan, float]:
+    start = time.perf_counter()
+    return plan_velocity(model, device, False, passes, cache=False), time.perf_counter() - start
+
+
+def _turn(way: Way, inputs: tuple[Any, ...], sample: tuple[Any, ...], exact: Tensor, device: torch.device) -> None:
+    """Warm up if need be, and time a run; at its first turn find what else there is to say of a rung."""
+
+    def run() -> Any:
+        return way.run(*inputs)
+
+    started = bool(way.seconds)
+    if not started:
+        _start(way, inputs, sample, exact, run)
+    if not way.warm:
+        for _ in range(1 + WARMUP if started else WARMUP):
+            run()
+        way.warm = True
+    if not started:
+        way.rung = replace(way.rung, peak=_peak(run, device) + way.seat.bytes)
+    way.seconds.append(seconds_of(run))
+
+
+def _start(
+    way: Way, inputs: tuple[Any, ...], sample: tuple[Any, ...], exact: Tensor, run: Callable[[], Any]
+) -> None:  # fmt: skip
+    if way.key == "regional":  # no error: torch.compile compiles other lengths anew
+        _, way.rung = compile_cold(way.key, lambda: way.run, inputs)
+        return
+    seconds = seconds_of(run)
+    if way.planning is not None:
+        way.rung = replace(way.rung, compile_seconds=way.planning + seconds)
+    got = flat(way.run(*sample)).double()
+    way.rung = replace(way.rung, error=float((got - exact).norm() / exact.norm()))
+
+
+def _peak(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a run takes beside what was there before."""
+    if device.type != "cuda":
+        return allocated_peak(run)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@torch.no_grad()
+def exact_velocity(model: DiT, weights: Mapping[str, Tensor], inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """`velocity` with the same weights in float64, of which one layer's are there at a time."""
+    video, audio, condition, frames = inputs
+    exact = DiT(replace(model.config, params_dtype=torch.float64), torch.float64, "meta")
+
+    def watch(module: nn.Module, prefix: str) -> None:
+        def arrive(*_: Any) -> None:
+            values = {name: weights[name].double() for name in (f"{prefix}.{own}" for own in weights_of(module))}
+            fill(module, values, video.device, f"{prefix}.")
+
+        def leave(*_: Any) -> None:
+            module.to("meta")
+
+        module.register_forward_pre_hook(arrive)
+        module.register_forward_hook(leave)
+
+    for name, module in exact.named_modules():
+        if name.startswith(("adapter.", "final_")) or module in {*exact.block.layers}:
+            watch(module, name)
+    wide = Condition(condition.text.double(), condition.rope.double())
+    return exact.velocity(video.double(), audio.double(), wide, frames)
+
+
+COLUMNS = (
+    "rung", "ms", "lower quartile", "upper quartile", "eager / rung", "torch.compile / rung", "compile s", "peak GiB",
+    "error", "note",
+)  # fmt: skip
+
+
+def report(title: str, options: Options, rungs: Sequence[Rung], where: str) -> Report:
+    """`rungs`: eager first, as `measure` gives them."""
+    tokens, sample = options.tokens, options.tokens.scaled(SAMPLE)
+    legend = (
+        f"Random weights from a fixed seed. Times: medians of {options.rounds} rounds in which the rungs take turns, "
+        "each warmed up; plans run as CUDA graphs on a GPU. eager / rung: how many times as fast as eager.\n"
+        "compile s: planning and the first run, Triton's compilation in it; of torch.compile from an empty cache. "
+        "peak GiB: weights, arena and what a run takes beside them.\n"
+        f"error: relative L2 of a step of {sample.total} tokens ({sample}, {sample.frames} frames) against the same "
+        "weights in float64, a layer at a time. torch.compile is not compared: another length compiles anew."
+    )
+    rows = tuple(_row(rung, rungs[0], best_rival(rungs)) for rung in rungs)
+    ran = [(rung, speedup([rungs[0]], [rung])) for rung in rungs if rung.seconds and rungs[0].seconds]
+    drawn = [Bar(LABELS[rung.key], speed.median, speed.low, speed.high) for rung, speed in ran]
+    frames = f"{tokens.frames} frame{'s' * (tokens.frames != 1)}"
+    what = f"{tokens.total} tokens: {tokens.video} video in {frames}, {tokens.audio} audio, {tokens.text} text"
+    parts: list[Part] = [Paragraph(legend), Table(what, COLUMNS, rows)]
+    if drawn:
+        parts.append(Figure(f"{what}: how many times as fast as eager", bars(f"{what}: eager / rung", drawn)))
+    return Report(title, where, tuple(parts))
+
+
+def _row(rung: Rung, eager: Rung, rival: Rung | None) -> tuple[Cell, ...]:
+    label = LABELS[rung.key]
+    if rung.failed:
+        return (label, *[None] * 8, rung.failed)
+    low, middle, high = (1e3 * each for each in statistics.quantiles(rung.seconds, n=4))
+    peak = None if rung.peak is None else rung.peak / 2**30
+    speeds = [
+        speedup([other], [rung]).median if other is not None and other.seconds else None for other in (eager, rival)
+    ]
+    return (label, middle, low, high, *speeds, rung.compile_seconds, peak, rung.error, "")
