@@ -48,6 +48,11 @@ class Compiled:
         """As `Executor.watched`: a twin for profiles, which does not check that the module is as it was."""
         return self._run.watched(around)
 
+    @property
+    def arena_bytes(self) -> int:
+        """Memory that is held between calls, for the largest sizes so far."""
+        return self._run.arena_bytes
+
     def peak(self, *args: Any, **kwargs: Any) -> int:
         """Bytes of activations for inputs of these sizes; weights, inputs and outputs apart. Raises as a call does."""
         return self.plan.at(self.plan.contract.check(args, kwargs)[1]).peak

@@ -16,11 +16,11 @@ from horsepower.graph.plan import Plan
 from horsepower.kernels.target import target_of
 from horsepower.runtime import memory
 from horsepower.runtime.devices import indexed
-from horsepower.runtime.fused import FusedDiT, plan_velocity
+from horsepower.runtime.fused import FusedDiT, plan_velocity, velocity_sizes
 from horsepower.runtime.media import image_pixels, open_image, read_audio
 from horsepower.runtime.models.audio_vae import CODEC_RATE, OUTPUT_RATE, STRIDE
 from horsepower.runtime.models.dit import DiT
-from horsepower.runtime.models.text import TextEncoder
+from horsepower.runtime.models.text import MAX_TOKENS, TextEncoder
 from horsepower.runtime.pipeline import (
     BaseGuidance,
     Latents,
@@ -172,11 +172,32 @@ class Engine:
             raise ValueError(
                 f"resolution: got {request.resolution!r}, which needs the model {name}, allowed: 256p with these files"
             )
-        grid, config = Grid.of(*picture.final, _audio_latents(request)), self._source.config(name or self.model)
-        activations = max(memory.activation_bytes(config, grid), self._source.decode_bytes(grid))
-        weights = memory.weight_bytes(config, self.dtype) if name and name not in self._dits else 0
+        grid = Grid.of(*picture.final, _audio_latents(request))
+        name = name or self.model
+        weights = 0 if name in self._dits else self._weight_bytes(name)
+        activations = max(self._activation_bytes(name, grid), self._source.decode_bytes(grid))
         frames = memory.picture_bytes(grid) if self.device.type == "cpu" else 0
         memory.check_fits(weights + activations + frames, grid, self.device)
+
+    def _weight_bytes(self, name: ModelName) -> int:
+        """What loading a model takes at the most."""
+        if self._has_stated_memory:
+            return self._planned(name)[1].load_bytes
+        return memory.weight_bytes(self._source.config(name), self.dtype)
+
+    def _activation_bytes(self, name: ModelName, grid: Grid) -> int:
+        """What a step takes beside what its model holds by now."""
+        if not self._has_stated_memory:
+            return memory.activation_bytes(self._source.config(name), grid)
+        sizes = velocity_sizes((grid.video, grid.audio, MAX_TOKENS), grid.frames)
+        dit = self._dits.get(name)
+        held = dit.compiled.arena_bytes if isinstance(dit, FusedDiT) else 0
+        return max(0, self._planned(name)[1].at(sizes).peak - held)
+
+    @property
+    def _has_stated_memory(self) -> bool:
+        """Whether a plan says what its model takes; on a CPU, operators' own scratch memory is beside it."""
+        return self.mode == "fused" and target_of(self.device) != "cpu"
 
     def _read(self, request: Request, stage: Stage, watch: Watch) -> tuple[Texts, tuple[str, ...]]:
         """Encode the prompts; and say if the prompt had to be cut."""
@@ -257,6 +278,7 @@ class Engine:
     def _dit(self, name: ModelName) -> DiT | FusedDiT:
         if name not in self._dits:
             self._check_channels(name)
+            memory.check_loads(name, self._weight_bytes(name), self.device)
             self._dits[name] = self._fused(name) if self.mode == "fused" else self._eager(name)
         return self._dits[name]
 

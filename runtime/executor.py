@@ -56,6 +56,11 @@ class Executor:
         twin._idle, twin._around = [], around
         return twin
 
+    @property
+    def arena_bytes(self) -> int:
+        """Of the arenas that no call uses now."""
+        return sum(arena.bytes for arena in list(self._idle))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Check the inputs, run the calls. Outputs share memory with nothing that the plan holds or was given.
 
@@ -115,6 +120,10 @@ class _Arena:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._programs: OrderedDict[tuple[int, ...], _Program] = OrderedDict()
         self._order = StreamOrder(plan.device)
+
+    @property
+    def bytes(self) -> int:
+        return self._memory.numel()
 
     def run(self, given: list[Any], sizes: Mapping[str, int]) -> list[Any]:
         """The flattened outputs."""

@@ -51,5 +51,15 @@ def check_fits(needed: int, grid: Grid, device: torch.device) -> None:
         width, height = grid.pixels
         raise ValueError(
             f"resolution, duration: got {width}x{height} with {grid.frames} latent frames, which needs about "
-            f"{needed / 2**30:.1f} GiB, allowed: what fits {free / 2**30:.1f} GiB free on {device}"
+            f"{needed / 2**30:.1f} GiB, allowed: what fits {free / 2**30:.1f} GiB free on {device}; "
+            f"{(needed - free) / 2**30:.1f} GiB are missing"
+        )
+
+
+def check_loads(model: str, needed: int, device: torch.device) -> None:
+    """Raise ValueError if a model's weights need more memory than is free."""
+    if needed > (free := free_bytes(device)):
+        raise ValueError(
+            f"model {model}: got {needed / 2**30:.1f} GiB of weights, allowed: what fits {free / 2**30:.1f} GiB free "
+            f"on {device}; {(needed - free) / 2**30:.1f} GiB are missing"
         )

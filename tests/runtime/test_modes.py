@@ -1,12 +1,20 @@
 """Which mode an engine takes where, on GPUs that are played by the CPU."""
 
+import contextlib
+
 import pytest
 import torch
 
 from horsepower import Engine, Request
+from horsepower.bench import step
+from horsepower.bench.step import Tokens
 from horsepower.runtime import compiled, engine
-from horsepower.runtime.fused import FusedDiT
+from horsepower.runtime.foal import Foal
+from horsepower.runtime.fused import FusedDiT, conditioner, velocity_sizes
+from horsepower.runtime.presets import sizes
+from horsepower.runtime.tokens import Grid
 
+TOKENS = Tokens(2, 3, 4)
 REQUEST = Request(prompt="a horse", duration=0.2, resolution=(64, 32), num_inference_steps=1)
 
 
@@ -37,6 +45,43 @@ def test_a_gpu_with_kernels_runs_its_own_plan(monkeypatch):
     parts = dit.condition.__self__.state_dict()
     there = {name for name, x in parts.items() if not x.is_meta}
     assert there == {f"adapter.{name}" for name in ("text_embedder.weight", "text_embedder.bias", "rope.bands")}
+
+
+def test_memory_is_what_the_plan_states(monkeypatch):
+    monkeypatch.setattr(engine, "target_of", lambda device: "sm_90")
+    gpu = Engine.from_pretrained("foal")
+    plan, grid = gpu._planned("540p_sr")[1], Grid.of(896, 512, 126)
+    stated = plan.at(velocity_sizes((grid.video, grid.audio, 640), grid.frames)).peak
+    assert gpu._weight_bytes("540p_sr") == plan.load_bytes
+    assert gpu._activation_bytes("540p_sr", grid) == stated > 10**7
+    assert "540p_sr" not in gpu._dits  # nothing of it is there for that
+    held = gpu._dit("distill").compiled
+    small = Grid.of(64, 32, 10)
+    before = gpu._activation_bytes("distill", small)
+    with torch.no_grad():
+        held(*step.inputs(conditioner(gpu._planned("distill")[0], gpu._source.weights("distill"), "cpu"), TOKENS))
+    assert 0 < held.arena_bytes == before - gpu._activation_bytes("distill", small)
+
+    needed = plan.load_bytes + stated
+    monkeypatch.setattr(gpu._source, "decode_bytes", lambda grid: 0)
+    monkeypatch.setattr(engine.memory, "picture_bytes", lambda grid: 0)
+    for free, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(engine.memory, "free_bytes", lambda device, free=free: free)
+        refused = contextlib.nullcontext() if fits else pytest.raises(ValueError, match="needs about .* are missing")
+        with refused:
+            gpu._check_picture(Request(prompt="a horse", resolution="540p"), sizes("540p"))
+
+
+@pytest.mark.parametrize("mode", ["fused", "eager"])
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch, mode):
+    def read(self, name):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(Foal, "weights", read)
+    monkeypatch.setattr(engine.memory, "free_bytes", lambda device: 2**20)
+    missing = r"^model distill: got 0\.1 GiB of weights, allowed: what fits 0\.0 GiB free on cpu; 0\.1 GiB are missing$"
+    with pytest.raises(ValueError, match=missing):
+        Engine.from_pretrained("foal", mode=mode)
 
 
 def test_numbers_of_gpus_are_those_of_their_tensors(monkeypatch):
