@@ -73,7 +73,7 @@ def check_sites(
     """Every distinct site of the compiled graph on every kind of inputs.
 
     changed: the passes behind each value, from `provenance.rewrite`. weights: parameters and buffers by name.
-    inputs: the flattened inputs, on the CPU, at the sizes to verify.
+    inputs: the flattened inputs at the sizes to verify, where the weights lie.
     """
     groups: dict[object, list[Region]] = {}
     for region in regions(captured, compiled):
@@ -293,12 +293,12 @@ def _hostile(value: Tensor, kind: str, generator: torch.Generator, scores: bool)
     elif kind == "zero rows" and made.ndim and made.shape[0]:
         made[::3] = 0
         made[-1] = 0
-    made = (made * _scale(kind, value.dtype, scores)).to(value.dtype)
+    made = (made * _scale(kind, value.dtype, scores)).to(value.device, value.dtype)
     if value.numel() == 0 or 0 in value.stride():
         return made
     reach = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)) + 1
-    room = torch.full((reach,), torch.nan, dtype=value.dtype).as_strided(value.shape, value.stride())
-    return room.copy_(made)
+    room = torch.full((reach,), torch.nan, dtype=value.dtype, device=value.device)
+    return room.as_strided(value.shape, value.stride()).copy_(made)
 
 
 def _signature(region: Region) -> object:

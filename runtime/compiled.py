@@ -188,7 +188,7 @@ def planned(
 ) -> tuple[Plan, bool]:
     """The plan alone, which needs no weights, and whether it was found on disk; arguments are those of `compile`."""
     inputs = (example_inputs, dict(example_keywords or {}))
-    here = _device(module, example_inputs)
+    here = device_of(module, example_inputs)
     there = here if device is None else indexed(torch.device(device))
     target = target_of(there) if target is None else check_target(target)
     key = _key(module, *inputs, dynamic_shapes, method, only, target) if cache else None
@@ -203,7 +203,7 @@ def planned(
     return plan if device is None else plan.on(there), found
 
 
-def _device(module: nn.Module, inputs: Any) -> torch.device:
+def device_of(module: nn.Module, inputs: Any) -> torch.device:
     """Where the module lies; without parameters, where its inputs do."""
     tensors = (*module.parameters(), *(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)))
     return next((x.device for x in tensors), torch.device("cpu"))

@@ -83,6 +83,7 @@ def test_quiet_says_nothing(tmp_path):
         (("verify", "--tokens", "446,26"), "tokens"),
         (("verify", "--tokens", "0,26,40"), "tokens"),
         (("verify", "--frames", "3"), "frames"),
+        (("verify", "--device", "tpu"), "device"),
         (("explain", "--variant", "huge"), "variant"),
         (("explain", "--tokens", "4,-1,2"), "tokens"),
         (("explain", "--html", "/nowhere/report.html"), "file"),

@@ -47,11 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="make a clip from a prompt"))
     _add_convert(commands.add_parser("convert", help="turn a published pickle into safetensors"))
     _add_bench(commands.add_parser("bench", help="measure a step: eager, torch.compile, and each fusion"))
-    _add_report(
-        commands.add_parser("verify", help="execute every rewrite beside what it replaced, against float64"),
-        _verify,
-        ("foal",),
-    )
+    verify = commands.add_parser("verify", help="execute every rewrite beside what it replaced, against float64")
+    _add_report(verify, _verify, ("foal",))
+    verify.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     explain = commands.add_parser("explain", help="say what is fused, what is not and why, and what it saves")
     _add_report(explain, _explain, ("foal", "released"))
     explain.add_argument("--target", default="cpu", help="cpu, sm_80 or sm_90 (default: %(default)s)")
@@ -285,7 +283,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     from horsepower.verifying import verify_preset
 
     _check_files(arguments)
-    checks, brief, full = verify_preset(arguments.variant, Tokens.parse(arguments.tokens, arguments.frames))
+    tokens = Tokens.parse(arguments.tokens, arguments.frames)
+    checks, brief, full = verify_preset(arguments.variant, tokens, _device(arguments))
     _publish(arguments, brief, full)
     return 0 if all(check.passed for check in checks) else 1
 
@@ -311,17 +310,21 @@ def _kernels(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _profile(arguments: argparse.Namespace) -> int:
-    _prepare_process()
+def _device(arguments: argparse.Namespace) -> str:
+    """The one asked for, else a GPU if there is one."""
     import torch
 
+    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    _prepare_process()
     from horsepower.bench.profile import Options, profile, run_once
     from horsepower.bench.step import Tokens
 
     _check_files(arguments)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     given = {name: getattr(arguments, name) for name in ("rounds", "trace") if getattr(arguments, name) is not None}
-    options = Options(Tokens.parse(arguments.tokens, arguments.frames), arguments.variant, device, **given)
+    options = Options(Tokens.parse(arguments.tokens, arguments.frames), arguments.variant, _device(arguments), **given)
     if arguments.once:
         print(run_once(options))
         return 0

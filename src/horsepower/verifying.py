@@ -15,6 +15,8 @@ from horsepower.graph.capture import capture
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.graph.plan import plan_of
 from horsepower.graph.verify import Check, check_sites, check_whole
+from horsepower.kernels.target import target_of
+from horsepower.runtime.compiled import device_of
 from horsepower.runtime.executor import Executor, weights_of
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 
@@ -33,12 +35,14 @@ def verify(
 ) -> tuple[Check, ...]:
     """Compile `module.method` as `horsepower.compile` does and check each distinct rewrite, then the plan end to end.
 
-    inputs: positional arguments at the sizes to verify, on the CPU, followed by the values of `example_keywords`, if
-    any; None for the examples. whole_inputs: the same for the check end to end, where `inputs` would take too long.
+    inputs: positional arguments at the sizes to verify, where the module lies, followed by the values of
+    `example_keywords`, if any; None for the examples. whole_inputs: the same for the check end to end, where `inputs`
+    would take too long.
     The other arguments are those of `horsepower.compile`.
     Raises CaptureError for code that cannot be one graph, ValueError for inputs that the plan does not take.
     """
     captured = capture(module, example_inputs, example_keywords, dynamic_shapes, method)
+    captured.target = target_of(device_of(module, example_inputs))
     compiled = provenance.snapshot(captured)
     changed = provenance.rewrite(compiled, only)
     weights, keywords = weights_of(module), dict(example_keywords or {})
@@ -52,9 +56,11 @@ def verify(
     return (*sites, check_whole(captured, lambda *_: run(*given, **keywords), weights, flat))
 
 
-def verify_preset(variant: str, tokens: Tokens) -> tuple[tuple[Check, ...], Report, Report]:
-    """Checks of a step of the built-in preset; they in short for a terminal, and in full."""
-    model, whole = step.preset(variant), tokens.scaled(WHOLE)
+def verify_preset(
+    variant: str, tokens: Tokens, device: str = "cpu"
+) -> tuple[tuple[Check, ...], Report, Report]:  # fmt: skip
+    """Checks of a step of the built-in preset on a device; they in short for a terminal, and in full."""
+    model, whole = step.preset(variant, device), tokens.scaled(WHOLE)
     checks = verify(
         model,
         velocity_example(model),
@@ -64,10 +70,11 @@ def verify_preset(variant: str, tokens: Tokens) -> tuple[tuple[Check, ...], Repo
         method="velocity",
     )
     title = f"foal {variant}: every rewrite against float64, at {tokens} tokens in {tokens.frames} frames"
-    return checks, report(title, checks, whole), report(title, checks, whole, full=True)
+    where = machine(device)
+    return checks, report(title, where, checks, whole), report(title, where, checks, whole, full=True)
 
 
-def report(title: str, checks: Sequence[Check], whole: Tokens | None = None, full: bool = False) -> Report:
+def report(title: str, where: str, checks: Sequence[Check], whole: Tokens | None = None, full: bool = False) -> Report:
     """A row a site; then whatever failed, or, in full, every check. whole: tokens of the check end to end."""
     sites: dict[int, list[Check]] = {}
     for check in checks:
@@ -91,7 +98,7 @@ def report(title: str, checks: Sequence[Check], whole: Tokens | None = None, ful
     shown = checks if full else failed
     if shown:
         parts.append(Table("Every check" if full else "Failed", ALL_COLUMNS, tuple(map(_full_row, shown))))
-    return Report(title, machine(), tuple(parts))
+    return Report(title, where, tuple(parts))
 
 
 COLUMNS = (
