@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from horsepower.bench.measure import paired
-from horsepower.bench.roofline import GPU, Rates
+from horsepower.kernels.rates import GPU, OF_TARGET, Rates
 from horsepower.kernels.target import target_of
 
 ROUNDS = 15
@@ -43,7 +43,8 @@ def measure(device: torch.device, copied: int = BYTES, side: int = SIDE, tokens:
     seconds = paired({name: run for name, (run, _) in work.items()}, ROUNDS)
     reached = {name: amount / statistics.median(seconds[name]) for name, (_, amount) in work.items()}
     rates = Rates(fp8=reached.pop("fp8", None), **reached)
-    return GPU(_name(device), target, rates, rates)
+    assumed = OF_TARGET["sm_90" if target == "cpu" else target].triton
+    return GPU(_name(device), target, rates, rates, assumed)
 
 
 def _name(device: torch.device) -> str:

@@ -9,76 +9,17 @@ that time is a floor; with the rates that the best published kernels reach it is
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import fx
 
 from horsepower.graph.explain import Measured, block_of
 from horsepower.graph.graph import Graph
 from horsepower.graph.provenance import is_size, moves_nothing, title
+from horsepower.kernels.rates import Rates, Unit
 
-Unit = Literal["matrix", "attention", "vector"]
-UNITS: tuple[Unit, ...] = get_args(Unit)
 MATRIX = {"aten.linear", "aten.matmul", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"}
 ATTENTION = {"attention", "windowed_attention", "aten.scaled_dot_product_attention"}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """FLOP/s by unit, bytes/s of memory. A unit that is not there is None."""
-
-    matrix: float  # dense bfloat16
-    fp8: float | None  # dense
-    attention: float  # bfloat16
-    vector: float  # float32 without matrix units: elementwise work, products of float32
-    memory: float
-
-    def seconds(self, kernel: "Kernel") -> float:
-        return max(kernel.flops / self.of(kernel.unit), kernel.bytes / self.memory)
-
-    def of(self, unit: Unit) -> float:
-        return {"matrix": self.matrix, "attention": self.attention, "vector": self.vector}[unit]
-
-    def bound(self, kernel: "Kernel") -> str:
-        """What the kernel waits for: its unit, or memory."""
-        return kernel.unit if kernel.flops / self.of(kernel.unit) >= kernel.bytes / self.memory else "memory"
-
-
-@dataclass(frozen=True)
-class GPU:
-    name: str
-    target: str  # whose kernels it runs
-    peak: Rates  # datasheet: no kernel is faster
-    reached: Rates  # by the best published kernels at sizes like these
-
-
-# peak: NVIDIA H100 datasheet, SXM5, without sparsity. reached: cuBLAS bfloat16 700 to 800 TFLOP/s, cuBLASLt FP8 1200 to
-# 1500, FlashAttention 3 at head 128, not causal, long: 640 to 650, of which 620 are planned with; the best RMS norms
-# reach 3.0 TB/s.
-_H100 = GPU(
-    "NVIDIA H100 SXM",
-    "sm_90",
-    Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=3.35e12),
-    Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=3.0e12),
-)
-
-# peak: NVIDIA H200 datasheet, SXM: an H100's arithmetic, faster memory. reached: as an H100, in memory its share.
-_H200 = GPU(
-    "NVIDIA H200 SXM",
-    "sm_90",
-    Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=4.8e12),
-    Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=4.8e12 * 3.0 / 3.35),
-)
-
-# peak: NVIDIA A100 datasheet, SXM4, 80 GB; no FP8. reached: FlashAttention 2 204 TFLOP/s; products and memory are not
-# published at these sizes: the shares of the peaks that an H100 reaches.
-_A100 = GPU(
-    "NVIDIA A100 SXM 80 GB",
-    "sm_80",
-    Rates(matrix=312e12, fp8=None, attention=312e12, vector=19.5e12, memory=2.039e12),
-    Rates(matrix=312e12 * 800 / 989.4, fp8=None, attention=204e12, vector=19.5e12, memory=2.039e12 * 3.0 / 3.35),
-)
-GPUS = {"h100": _H100, "h200": _H200, "a100": _A100}
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from horsepower.bench import step
 from horsepower.bench.measure import machine
 from horsepower.bench.plot import Bar, bars
 from horsepower.bench.report import Cell, Figure, Paragraph, Report, Table
-from horsepower.bench.roofline import GPU, GPUS, UNITS, Kernel, Rates, Rung, grouped, ladder
+from horsepower.bench.roofline import Kernel, Rung, grouped, ladder
 from horsepower.bench.step import Tokens
 from horsepower.graph import provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes import run
+from horsepower.kernels.rates import GPU, GPUS, UNITS, Rates
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import PIPELINES, ModelName

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from horsepower import predicting
-from horsepower.bench.roofline import GPUS, Kernel, Rates, Rung, grouped, ladder
+from horsepower.bench.roofline import Kernel, Rung, grouped, ladder
 from horsepower.bench.step import Tokens
 from horsepower.graph.capture import capture
+from horsepower.kernels.rates import GPUS, Rates
 from horsepower.runtime.fused import velocity_example
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import MODELS

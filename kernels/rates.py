@@ -1,0 +1,86 @@
+"""What GPUs can do: arithmetic and memory, by the datasheet and as the best published kernels reach it.
+
+time of a launch = max(FLOPs / rate of its unit, bytes / bandwidth)
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+Unit = Literal["matrix", "attention", "vector"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+
+class Launch(Protocol):
+    """What one kernel does at the least."""
+
+    @property
+    def unit(self) -> Unit: ...
+    @property
+    def flops(self) -> float: ...
+    @property
+    def bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s by unit, bytes/s of memory. A unit that is not there is None."""
+
+    matrix: float  # dense bfloat16
+    fp8: float | None  # dense
+    attention: float  # bfloat16
+    vector: float  # float32 without matrix units: elementwise work, products of float32
+    memory: float
+
+    def seconds(self, launch: Launch) -> float:
+        return max(launch.flops / self.of(launch.unit), launch.bytes / self.memory)
+
+    def of(self, unit: Unit) -> float:
+        return {"matrix": self.matrix, "attention": self.attention, "vector": self.vector}[unit]
+
+    def bound(self, launch: Launch) -> str:
+        """What the launch waits for: its unit, or memory."""
+        return launch.unit if launch.flops / self.of(launch.unit) >= launch.bytes / self.memory else "memory"
+
+
+@dataclass(frozen=True)
+class GPU:
+    name: str
+    target: str  # whose kernels it runs
+    peak: Rates  # datasheet: no kernel is faster
+    reached: Rates  # by the best published kernels at sizes like these
+    triton: float  # assumed: the share of the library's rate that a matrix product in Triton reaches
+
+
+# peak: NVIDIA H100 datasheet, SXM5, without sparsity. reached: cuBLAS bfloat16 700 to 800 TFLOP/s, cuBLASLt FP8 1200 to
+# 1500, FlashAttention 3 at head 128, not causal, long: 640 to 650, of which 620 are planned with; the best RMS norms
+# reach 3.0 TB/s. triton: persistent products with TMA are published at 90 to 95 % of cuBLAS. The upper end: where the
+# difference decides nothing else, a fused kernel needs less memory and fewer launches.
+_H100 = GPU(
+    "NVIDIA H100 SXM",
+    "sm_90",
+    Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=3.35e12),
+    Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=3.0e12),
+    triton=0.95,
+)
+
+# peak: NVIDIA H200 datasheet, SXM: an H100's arithmetic, faster memory. reached: as an H100, in memory its share.
+_H200 = GPU(
+    "NVIDIA H200 SXM",
+    "sm_90",
+    Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=4.8e12),
+    Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=4.8e12 * 3.0 / 3.35),
+    triton=0.95,
+)
+
+# peak: NVIDIA A100 datasheet, SXM4, 80 GB; no FP8. reached: FlashAttention 2 204 TFLOP/s; products and memory are not
+# published at these sizes: the shares of the peaks that an H100 reaches. triton: its tutorial on matrix products says
+# "on par with cuBLAS".
+_A100 = GPU(
+    "NVIDIA A100 SXM 80 GB",
+    "sm_80",
+    Rates(matrix=312e12, fp8=None, attention=312e12, vector=19.5e12, memory=2.039e12),
+    Rates(matrix=312e12 * 800 / 989.4, fp8=None, attention=204e12, vector=19.5e12, memory=2.039e12 * 3.0 / 3.35),
+    triton=1.0,
+)
+GPUS = {"h100": _H100, "h200": _H200, "a100": _A100}
+OF_TARGET = {"sm_80": _A100, "sm_90": _H100}  # whom predictions for an architecture are made for
