@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from horsepower import _native
 from horsepower.graph.code import UnkeyedError, Walk, code_digest
 from horsepower.graph.repeats import attributes
+from horsepower.kernels import tables
 from horsepower.kernels.native_library import ISAS
 
 
@@ -88,9 +89,10 @@ def _pass_name(function: Callable[..., Any]) -> str:
 
 @functools.cache
 def _own_sources() -> str:
-    """Of the compiler and the kernels, compiled ones included."""
+    """Of the compiler and the kernels, compiled ones included, with what was measured of them."""
     root = Path(__file__).parents[1]
-    files = [*sorted(root.glob("graph/**/*.py")), *sorted(root.glob("kernels/**/*.py")), Path(_native.__file__)]
+    sources = [path for folder in ("graph", "kernels") for path in sorted(root.glob(f"{folder}/**/*.py"))]
+    files = [*sources, *sorted(tables.FOLDER.glob("*.json")), Path(_native.__file__)]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode())

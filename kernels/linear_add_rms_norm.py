@@ -47,9 +47,9 @@ def workspace(x: Tensor, weight: Tensor, experts: int, *_: object) -> int:
     return x.shape[0] * -(-(weight.shape[0] // experts) // SQUARES_COLUMNS) * 4
 
 
-def again(x: Tensor, weight: Tensor, experts: int, residual: Tensor, *_: object) -> int:
-    """Bytes of the sum, which is read once more when whole rows are normed."""
-    return residual.numel() * residual.itemsize
+def rereads(*inputs: Any) -> int:
+    """Bytes of the norm, which follows in a launch of its own: it reads the sum, and writes the last result."""
+    return sum(x.numel() * x.itemsize for x in outputs(*inputs))
 
 
 LINEAR_ADD_RMS_NORM = register(
@@ -58,7 +58,6 @@ LINEAR_ADD_RMS_NORM = register(
         SCHEMA,
         outputs,
         expand,
-        kernels=(triton_kernel("linear_add_rms_norm", workspace),),
-        again=again,
+        kernels=(triton_kernel("linear_add_rms_norm", workspace, rereads),),
     )
 )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from horsepower.kernels import tables
+
 Write = Callable[..., None]  # (outputs, workspace, *inputs)
 
 
@@ -37,6 +39,7 @@ class Kernel:
     run: Write
     workspace: Callable[..., int] | None = None
     devices: tuple[str, ...] = ("cpu",)  # types of those that it runs on
+    rereads: Callable[..., int] | None = None  # bytes that pass memory once more, in a second launch
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Op:
     outputs: Callable[..., tuple[Tensor, ...]]  # the shape rule: empty outputs for these inputs
     reference: Callable[..., tuple[Tensor, ...]]
     cost: Callable[..., Cost]
-    kernels: tuple[Kernel, ...] = ()  # best first
+    kernels: tuple[Kernel, ...] = ()  # best first, as it is predicted
     expand: Callable[..., tuple[Any, ...]] | None = None  # (call, *inputs): the same in calls of other ops
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
@@ -63,7 +66,7 @@ class Op:
 
     def kernel(self, *inputs: Any) -> Kernel | None:
         """The best kernel for these inputs; None if the reference has to do."""
-        return next((kernel for kernel in self.kernels if kernel.supports(*inputs) is None), None)
+        return next((kernel for kernel in tables.ranked(self, inputs) if kernel.supports(*inputs) is None), None)
 
     def workspace(self, target: str, *inputs: Any) -> int:
         """Bytes of scratch memory that suffice for these sizes and dtypes, whatever kernel is chosen there."""
@@ -96,11 +99,11 @@ class Op:
 
 def fused(
     name: str, schema: str, outputs: Callable[..., tuple[Tensor, ...]], expand: Callable[..., tuple[Any, ...]],
-    kernels: tuple[Kernel, ...] = (), again: Callable[..., int] | None = None,
+    kernels: tuple[Kernel, ...] = (),
 ) -> Op:  # fmt: skip
     """An op that is made of others: where no kernel does all of it at once, it runs, and is lowered, as its parts.
 
-    Its cost is that of a kernel which does: nothing between the parts passes memory but what `again` counts, in bytes.
+    Its cost is that of such a kernel: nothing between the parts passes memory, but for what a second launch rereads.
     """
 
     def reference(*inputs: Any) -> tuple[Tensor, ...]:
@@ -117,8 +120,10 @@ def fused(
 
         expand(count, *inputs)
         flops, given = sum(part.flops for part in parts), [x for x in inputs if isinstance(x, Tensor)]
-        moved = sum(x.numel() * x.itemsize for x in (*given, *outputs(*inputs)))
-        return Cost(flops, moved + (0 if again is None else again(*inputs)))
+        made = outputs(*inputs)
+        moved = sum(x.numel() * x.itemsize for x in (*given, *made))
+        second = max((kernel.rereads(*inputs) for kernel in kernels if kernel.rereads), default=0)
+        return Cost(flops, moved + max(0, second - made[-1].numel() * made[-1].itemsize))  # which is counted already
 
     return Op(name, schema, outputs, reference, cost, kernels, expand)
 

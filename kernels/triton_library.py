@@ -6,11 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from horsepower.kernels.registry import Kernel
+from horsepower.kernels.registry import OPS, Kernel
+from horsepower.kernels.tables import tuned_config
 
 
-def triton_kernel(name: str, workspace: Callable[..., int] | None = None) -> Kernel:
-    """The kernel of `kernels/gpu/<name>.py`; `workspace` as in `Kernel`, since plans without a GPU ask for it too."""
+def triton_kernel(
+    name: str, workspace: Callable[..., int] | None = None, rereads: Callable[..., int] | None = None
+) -> Kernel:
+    """The kernel of `kernels/gpu/<name>.py`, in the configuration that was measured to be the fastest.
+
+    `workspace` and `rereads` as in `Kernel`, since plans without a GPU ask for them too.
+    """
 
     def module() -> Any:
         return import_module(f"horsepower.kernels.gpu.{name}")
@@ -21,6 +27,6 @@ def triton_kernel(name: str, workspace: Callable[..., int] | None = None) -> Ker
         return module().supports(*inputs)  # type: ignore[no-any-return]
 
     def run(outputs: tuple[Tensor, ...], workspace: Tensor | None, *inputs: Any) -> None:
-        module().run(outputs, workspace, *inputs)
+        module().run(outputs, workspace, *inputs, config=tuned_config(OPS[name], inputs))
 
-    return Kernel("triton", supports, run, workspace, devices=("cuda",))
+    return Kernel("triton", supports, run, workspace, devices=("cuda",), rereads=rereads)

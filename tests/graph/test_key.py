@@ -15,9 +15,11 @@ from torch import nn
 from values import VALUES, Descriptor, Mode, double, scaled, successor, weighted
 
 from foreign import example
+from horsepower.graph import key as compiler_key
 from horsepower.graph import passes
 from horsepower.graph.code import UnkeyedError
 from horsepower.graph.key import key_of
+from horsepower.kernels import tables
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import FOAL
 
@@ -303,6 +305,18 @@ def test_what_cannot_be_told_apart_has_no_key(monkeypatch, make, message):
     for place in PLACES:
         with pytest.raises(UnkeyedError, match=re.escape(message)):
             key(place(make(), monkeypatch))
+
+
+def test_what_was_measured_of_the_kernels_is_in_the_key(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    keys = []
+    for text in ("", "{}", "[]"):
+        if text:
+            (tmp_path / "linear.sm_90.json").write_text(text)
+        compiler_key._own_sources.cache_clear()
+        keys.append(key(Identity()))
+    assert len(set(keys)) == 3
+    compiler_key._own_sources.cache_clear()
 
 
 def model_keys():

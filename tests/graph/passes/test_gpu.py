@@ -1,5 +1,6 @@
 """The passes that lay weights out for GPUs: what they refuse, and how a plan for one is made without one."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,12 @@ from horsepower.graph import passes
 from horsepower.graph.capture import capture
 from horsepower.graph.passes.pad_mlp import UP
 from horsepower.graph.passes.pair_rope import FUSED
+from horsepower.kernels import tables
+from horsepower.kernels.choice import choose
 from horsepower.kernels.ops import ops
+from horsepower.kernels.rates import OF_TARGET
+from horsepower.kernels.registry import OPS
+from horsepower.kernels.tables import Candidate, Point, Site, Table, Timed
 from horsepower.runtime.compiled import compile
 from horsepower.runtime.executor import weights_of
 from models import DYNAMIC, TINY, random_inputs, random_model
@@ -116,3 +122,58 @@ def test_what_no_kernel_takes_becomes_its_parts():
     graph = passes.run(replace(capture(module, (x,)), target="sm_90"))
     assert FUSED not in [node.target for node in graph.nodes.nodes]
     assert "linear_qk_norm_rope: a head has 8 dimensions, not 128" in [site.refused for site in graph.sites]
+
+
+class Projection(nn.Module):
+    """An up-projection that is not padded, between the sizes of a prompt."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(256, 512, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return ops.linear_activation(x.sin(), self.up, 1, [], "silu", torch.bfloat16)
+
+
+def lowered(rows=5):
+    module, x = Projection(), torch.randn(rows, 512, dtype=torch.bfloat16)
+    graph = capture(module, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    graph = passes.run(replace(graph, target="sm_90"), (passes.lower,))
+    names = [str(node.target) for node in graph.nodes.nodes if "horsepower" in str(node.target)]
+    return names, [site.refused for site in graph.sites]
+
+
+WHOLE, PARTS = ["horsepower.linear_activation.default"], ["horsepower.linear.default", "horsepower.activation.default"]
+
+
+def test_a_call_is_whole_or_in_parts_as_is_predicted_at_thousands_of_tokens(monkeypatch):
+    assert lowered() == (WHOLE, [])
+    h100 = OF_TARGET["sm_90"]
+    monkeypatch.setitem(OF_TARGET, "sm_90", replace(h100, triton=0.1))
+    names, refused = lowered()
+    assert names == PARTS
+    inputs = [torch.empty(n, 512, dtype=torch.bfloat16, device="meta") for n in (5 * 820, 256)]  # 820: 4096 / 5
+    choice = choose(OPS["linear_activation"], (*inputs, 1, [], "silu", torch.bfloat16), "sm_90")
+    assert refused == [f"linear_activation: {choice}"]
+    assert str(choice).startswith("predicted: parts ")
+    # few tokens wait for the weight to be read, however slow the product
+    monkeypatch.setattr(sys.modules[passes.lower.__module__], "TOKENS", 1)
+    assert lowered() == (WHOLE, [])
+
+
+def test_a_call_is_whole_or_in_parts_as_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    inputs = [torch.empty(n, 512, dtype=torch.bfloat16, device="meta") for n in (4100, 256)]
+    op = OPS["linear_activation"]
+    key = Site.of(op, (*inputs, 1, [], "silu", torch.bfloat16)).key
+    config = next(iter(tables.configs(op.name, "sm_90")))
+    for parts, whole, expected in ((3.0, 4.0, PARTS), (4.0, 3.0, WHOLE)):
+        timed = (
+            Timed(Candidate(kernel, text), (us, us, us))
+            for kernel, text, us in (("parts", None, parts), ("triton", config, whole))
+        )
+        tables.write(Table(op.name, "sm_90", {}, {key: (Point(4110, tuple(timed)),)}), tmp_path)
+        names, refused = lowered()
+        assert names == expected
+        why = "linear_activation: measured: parts 0.003 ms, triton 0.004 ms at 4110 tokens"
+        assert refused == ([why] if expected == PARTS else [])

@@ -45,7 +45,7 @@ def test_all_sites_of_forty_layers_are_taken(name, target):
     )
     first = ("horsepower.rms_norm.default", "block.layers.0.attention.pre_norm")
     assert left == [first, *expected]
-    assert {site.refused for site in graph.sites if site.refused} == {"it has a bias"}
+    assert {site.refused for site in graph.sites if site.refused and site.rewrite != "lower"} == {"it has a bias"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,0 +1,114 @@
+"""Which way an operator is computed on a GPU, and why: by what was measured, else by what the roofline predicts.
+
+All candidates take one layout of the weights, so that the choice may change with the length of the prompt. One does
+not: whether an operator is computed whole or as its parts is decided when a plan is made, which holds for all lengths.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from horsepower.kernels.rates import OF_TARGET, Unit
+from horsepower.kernels.registry import Cost, Op, op_of
+from horsepower.kernels.tables import PARTS, Candidate, Point, configs, measured
+
+TOKENS = 4096  # where operators of any length are decided: about those of the shortest clip that is worth the time
+
+
+@dataclass(frozen=True)
+class Choice:
+    candidate: Candidate
+    source: Literal["measured", "predicted"]
+    why: str
+
+    @property
+    def parts(self) -> bool:
+        """Whether the operator is to be computed as its parts."""
+        return self.candidate.kernel == PARTS
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch does, as `Rates` take it."""
+
+    unit: Unit
+    flops: float
+    bytes: int
+
+
+def candidates(op: Op, arch: str) -> tuple[Candidate, ...]:
+    """Every way to compute an operator on a GPU of this architecture, in the order in which they are predicted."""
+    found: list[Candidate] = []
+    for kernel in op.kernels:
+        if kernel.name == "triton":
+            found += [Candidate("triton", config) for config in configs(op.name, arch)]
+        elif "cuda" in kernel.devices:
+            found.append(Candidate(kernel.name))
+    return (*found, Candidate(PARTS)) if op.expand and found else tuple(found)
+
+
+def choose(op: Op, inputs: Sequence[Any], target: str) -> Choice | None:
+    """How an operator with a kernel for GPUs is computed on `target`; None if it has none that takes these inputs.
+
+    inputs: in the order of the schema, tensors on the meta device.
+    Raises ValueError for a table that cannot be used.
+    """
+    if (point := measured(op, inputs, target)) and (best := point.best()):
+        return Choice(best.candidate, "measured", f"{_figures(point)} at {point.tokens} tokens")
+    kernel = op.kernel(*inputs)
+    if kernel is None:
+        return None
+    config = next(iter(configs(op.name, target))) if kernel.name == "triton" else None
+    if op.expand is None:
+        names = [each.name for each in op.kernels if "cuda" in each.devices]
+        why = f"the first that is there of {', '.join(names)}" if len(names) > 1 else "the only kernel"
+        return Choice(Candidate(kernel.name, config), "predicted", why)
+    parts, fused = predicted_parts(op, inputs, target), predicted(op, inputs, target)
+    candidate = Candidate(PARTS) if parts < fused else Candidate(kernel.name, config)
+    return Choice(candidate, "predicted", f"parts {1e3 * parts:.3g} ms, fused {1e3 * fused:.3g} ms")
+
+
+def predicted(op: Op, inputs: Sequence[Any], target: str) -> float:
+    """Seconds of an operator by a kernel of its own at the rates that are reached; inputs as of `choose`."""
+    gpu = OF_TARGET[target]
+    if op.expand is None:
+        return gpu.reached.seconds(_work(op, op.cost(*inputs), inputs))
+    flops = sum(work.flops for work in _parts(op, inputs) if work.unit == "matrix") / gpu.triton
+    moved = sum(x.nbytes for x in (*inputs, *op.outputs(*inputs)) if isinstance(x, Tensor))
+    again = max((kernel.rereads(*inputs) for kernel in op.kernels if kernel.rereads), default=0)
+    return gpu.reached.seconds(Work("matrix", flops, moved)) + again / gpu.reached.memory
+
+
+def predicted_parts(op: Op, inputs: Sequence[Any], target: str) -> float:
+    """Seconds of an operator as its parts, one launch after another; inputs as of `choose`."""
+    return sum(OF_TARGET[target].reached.seconds(work) for work in _parts(op, inputs))
+
+
+def _parts(op: Op, inputs: Sequence[Any]) -> list[Work]:
+    assert op.expand is not None
+    found: list[Work] = []
+
+    def count(target: Any, *arguments: Any) -> Any:
+        if part := op_of(str(target)):
+            found.append(_work(part, part.cost(*arguments), arguments))
+        return target(*arguments)
+
+    op.expand(count, *inputs)
+    return found
+
+
+def _work(op: Op, cost: Cost, inputs: Sequence[Any]) -> Work:
+    units: dict[str, Unit] = {"attention": "attention", "linear": "matrix" if inputs[0].itemsize <= 2 else "vector"}
+    return Work(units.get(op.name, "vector"), cost.flops, cost.bytes)
+
+
+def _figures(point: Point) -> str:
+    """The fastest candidate of each kernel."""
+    names = dict.fromkeys(timed.candidate.kernel for timed in point.timed)
+    best = [found for name in names if (found := point.best(name))]
+    return ", ".join(f"{each.candidate.kernel} {1e-3 * each.median:.3g} ms" for each in best)
