@@ -158,6 +158,7 @@ class Measured:
     """A graph run on tensors without memory."""
 
     work: dict[fx.Node, Work] = field(default_factory=dict)  # of each call that computes
+    given: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)  # arguments of each call of an op of ours
     sizes: dict[fx.Node, int] = field(default_factory=dict)  # bytes of each value, inputs and weights included
     peak: int = 0
 
@@ -176,6 +177,8 @@ class Measured:
                 operands = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), operands)
                 env[node] = node.target(*args, **kwargs)
+                if op_of(str(node.target)):
+                    made.given[node] = tuple(args)
                 if not moves_nothing(node):
                     cost = cost_of(node.target, args, kwargs, env[node])
                     made.work[node] = Work(1, cost.flops, cost.bytes)

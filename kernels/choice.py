@@ -5,7 +5,7 @@ not: whether an operator is computed whole or as its parts is decided when a pla
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from horsepower.kernels.rates import OF_TARGET, Unit
 from horsepower.kernels.registry import Cost, Op, op_of
 from horsepower.kernels.tables import PARTS, Candidate, Point, configs, measured
 
-TOKENS = 4096  # where operators of any length are decided: about those of the shortest clip that is worth the time
+TOKENS = 4096  # where a plan decides what it computes whole: a clip of 256p and 5 seconds has as many
 
 
 @dataclass(frozen=True)
@@ -52,41 +52,42 @@ def candidates(op: Op, arch: str) -> tuple[Candidate, ...]:
     return (*found, Candidate(PARTS)) if op.expand and found else tuple(found)
 
 
-def choose(op: Op, inputs: Sequence[Any], target: str) -> Choice | None:
+def choose(op: Op, inputs: Sequence[Any], target: str, whole: bool = False) -> Choice | None:
     """How an operator with a kernel for GPUs is computed on `target`; None if it has none that takes these inputs.
 
-    inputs: in the order of the schema, tensors on the meta device.
+    inputs: in the order of the schema, tensors on the meta device. whole: not as its parts, as in a plan that is made.
     Raises ValueError for a table that cannot be used.
     """
-    if (point := measured(op, inputs, target)) and (best := point.best()):
+    kernels = [each.name for each in op.kernels if "cuda" in each.devices]
+    if (point := measured(op, inputs, target)) and (best := point.best(*(kernels if whole else ()))):
         return Choice(best.candidate, "measured", f"{_figures(point)} at {point.tokens} tokens")
     kernel = op.kernel(*inputs)
     if kernel is None:
         return None
     config = next(iter(configs(op.name, target))) if kernel.name == "triton" else None
     if op.expand is None:
-        names = [each.name for each in op.kernels if "cuda" in each.devices]
-        why = f"the first that is there of {', '.join(names)}" if len(names) > 1 else "the only kernel"
+        why = f"the first that is there of {', '.join(kernels)}" if len(kernels) > 1 else "the only kernel"
         return Choice(Candidate(kernel.name, config), "predicted", why)
-    parts, fused = predicted_parts(op, inputs, target), predicted(op, inputs, target)
-    candidate = Candidate(PARTS) if parts < fused else Candidate(kernel.name, config)
+    parts, fused = (predicted(op, inputs, target, name) for name in (PARTS, kernel.name))
+    candidate = Candidate(PARTS) if parts < fused and not whole else Candidate(kernel.name, config)
     return Choice(candidate, "predicted", f"parts {1e3 * parts:.3g} ms, fused {1e3 * fused:.3g} ms")
 
 
-def predicted(op: Op, inputs: Sequence[Any], target: str) -> float:
-    """Seconds of an operator by a kernel of its own at the rates that are reached; inputs as of `choose`."""
+def predicted(op: Op, inputs: Sequence[Any], target: str, kernel: str) -> float:
+    """Seconds of an operator by one of its kernels, or as its parts, at the rates that are reached.
+
+    inputs: as of `choose`.
+    """
     gpu = OF_TARGET[target]
-    if op.expand is None:
-        return gpu.reached.seconds(_work(op, op.cost(*inputs), inputs))
-    flops = sum(work.flops for work in _parts(op, inputs) if work.unit == "matrix") / gpu.triton
+    shares: dict[str, float] = {"matrix": gpu.triton, "attention": gpu.triton_attention} if kernel == "triton" else {}
+    works = _parts(op, inputs) if op.expand else [_work(op, op.cost(*inputs), inputs)]
+    if op.expand is None or kernel == PARTS:
+        slower = (replace(work, flops=work.flops / shares.get(work.unit, 1)) for work in works)
+        return sum(map(gpu.reached.seconds, slower))
+    flops = sum(work.flops for work in works if work.unit == "matrix") / shares.get("matrix", 1)
     moved = sum(x.nbytes for x in (*inputs, *op.outputs(*inputs)) if isinstance(x, Tensor))
-    again = max((kernel.rereads(*inputs) for kernel in op.kernels if kernel.rereads), default=0)
+    again = max((each.rereads(*inputs) for each in op.kernels if each.name == kernel and each.rereads), default=0)
     return gpu.reached.seconds(Work("matrix", flops, moved)) + again / gpu.reached.memory
-
-
-def predicted_parts(op: Op, inputs: Sequence[Any], target: str) -> float:
-    """Seconds of an operator as its parts, one launch after another; inputs as of `choose`."""
-    return sum(OF_TARGET[target].reached.seconds(work) for work in _parts(op, inputs))
 
 
 def _parts(op: Op, inputs: Sequence[Any]) -> list[Work]:

@@ -48,19 +48,22 @@ class GPU:
     target: str  # whose kernels it runs
     peak: Rates  # datasheet: no kernel is faster
     reached: Rates  # by the best published kernels at sizes like these
-    triton: float  # assumed: the share of the library's rate that a matrix product in Triton reaches
+    triton: float  # assumed: the share of that rate of matrix products that one in Triton reaches
+    triton_attention: float  # assumed: the same of attention
 
 
 # peak: NVIDIA H100 datasheet, SXM5, without sparsity. reached: cuBLAS bfloat16 700 to 800 TFLOP/s, cuBLASLt FP8 1200 to
 # 1500, FlashAttention 3 at head 128, not causal, long: 640 to 650, of which 620 are planned with; the best RMS norms
 # reach 3.0 TB/s. triton: persistent products with TMA are published at 90 to 95 % of cuBLAS. The upper end: where the
-# difference decides nothing else, a fused kernel needs less memory and fewer launches.
+# difference decides nothing else, a fused kernel needs less memory and fewer launches. triton_attention: 395 to 477
+# TFLOP/s are published where FlashAttention 3 reaches 640.
 _H100 = GPU(
     "NVIDIA H100 SXM",
     "sm_90",
     Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=3.35e12),
     Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=3.0e12),
     triton=0.95,
+    triton_attention=477 / 640,
 )
 
 # peak: NVIDIA H200 datasheet, SXM: an H100's arithmetic, faster memory. reached: as an H100, in memory its share.
@@ -70,17 +73,19 @@ _H200 = GPU(
     Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=4.8e12),
     Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=4.8e12 * 3.0 / 3.35),
     triton=0.95,
+    triton_attention=477 / 640,
 )
 
 # peak: NVIDIA A100 datasheet, SXM4, 80 GB; no FP8. reached: FlashAttention 2 204 TFLOP/s; products and memory are not
 # published at these sizes: the shares of the peaks that an H100 reaches. triton: its tutorial on matrix products says
-# "on par with cuBLAS".
+# "on par with cuBLAS"; of attention nothing is known that tells it from FlashAttention 2.
 _A100 = GPU(
     "NVIDIA A100 SXM 80 GB",
     "sm_80",
     Rates(matrix=312e12, fp8=None, attention=312e12, vector=19.5e12, memory=2.039e12),
     Rates(matrix=312e12 * 800 / 989.4, fp8=None, attention=204e12, vector=19.5e12, memory=2.039e12 * 3.0 / 3.35),
     triton=1.0,
+    triton_attention=1.0,
 )
 GPUS = {"h100": _H100, "h200": _H200, "a100": _A100}
 OF_TARGET = {"sm_80": _A100, "sm_90": _H100}  # whom predictions for an architecture are made for

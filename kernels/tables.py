@@ -46,13 +46,14 @@ class Site:
     @classmethod
     def of(cls, op: "Op", inputs: Sequence[Any]) -> "Site":
         """Of inputs in the order of the schema; tensors may be on any device."""
-        named = zip(_names(op.schema), inputs, strict=True)
+        named = zip(arguments(op.schema), inputs, strict=True)
         parts = (f"{name}={text}" for name, value in named if (text := _described(name, value)))
         return cls(" ".join(parts), inputs[0].shape[0])
 
 
 @cache
-def _names(schema: str) -> tuple[str, ...]:
+def arguments(schema: str) -> tuple[str, ...]:
+    """Names of an operator's arguments."""
     return tuple(re.findall(r"(\w+)(?=[,)])", schema.split("->")[0]))
 
 

@@ -93,6 +93,10 @@ def test_quiet_says_nothing(tmp_path):
         (("profile", "--device", "tpu"), "device"),
         (("profile", "--variant", "huge", "--device", "cpu"), "variant"),
         (("profile", "--once", "--device", "cpu"), "once"),
+        (("tune", "--resolution", "8k"), "resolution"),
+        (("tune", "--op", "fft"), "op"),
+        (("tune", "--arch", "sm_70"), "arch"),
+        (("tune", "--output", "/nowhere"), "output"),
         (("roofline", "--gpu", "b1"), "gpu"),
         (("roofline", "--resolution", "8k"), "resolution"),
         (("roofline", "--tokens", "7,2,1", "--frames", "2"), "frames"),
@@ -316,6 +320,29 @@ def test_roofline_says_what_a_step_must_take_and_that_nothing_was_measured(capsy
     assert sum(row["all of them ms"] for row in kernels) == pytest.approx(rungs[-1]["predicted ms"])
     assert {row["measured us"] for row in kernels} == {None}
     assert Path("report.html").read_text().count("<svg") == 1
+
+
+def test_tune_without_a_gpu_says_what_it_would_measure_and_that_it_did_not(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preset_step, "released", lambda name: DiT(TINY, device="meta"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    where = ("--resolution", "256p", "--output", ".", "--arch", "sm_80", "--json", "report.json")
+    assert cli.main(("tune", *where)) == 0
+    assert "Nothing was measured and nothing written: this machine has no GPU" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    tables = {table["title"]: table["rows"] for table in json.loads(Path("report.json").read_text())["tables"]}
+    assert {row["kernel"] for row in tables["Candidates"] if row["op"] == "linear_activation"} == {"triton", "parts"}
+    assert {row["op"] for row in tables["Choices"]} >= {"linear_activation", "linear", "activation", "attention"}
+    assert {row["chosen as"] for row in tables["Choices"]} <= {"predicted", ""}
+    assert {row["tokens"] for row in tables["Choices"] if row["op"] == "attention"} == {4110}
+
+
+def test_explain_for_a_gpu_says_how_each_site_was_chosen(small, capsys):
+    assert cli.main(("explain", "--target", "sm_90", "--tokens", "12,5,3", "--frames", "3")) == 0
+    said = capsys.readouterr().out
+    choices = said[said.index("\nChoices\n") :]
+    assert re.search(r"linear_activation +20 +1 +triton BM=.* predicted +parts .* ms, fused .* ms", choices)
+    assert "parts  " not in choices  # what is a part now is listed by itself
 
 
 def test_doctor(capsys):

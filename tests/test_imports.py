@@ -10,7 +10,7 @@ import pytest
 from recordings import ROOT
 
 ORDER = ["kernels", "quant", "graph", "runtime"]
-FACE = ["cli", "doctor", "drawing", "explaining", "predicting", "verifying"]
+FACE = ["cli", "doctor", "drawing", "explaining", "gating", "predicting", "tuning", "verifying"]
 FOLDERS = [*ORDER, "bench", "src"]
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 

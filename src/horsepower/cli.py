@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(explain, _explain, ("foal", "released"))
     explain.add_argument("--target", default="cpu", help="cpu, sm_80 or sm_90 (default: %(default)s)")
     _add_kernels(commands.add_parser("kernels", help="compile the GPU kernels, read their machine code; needs no GPU"))
+    _add_tune(commands.add_parser("tune", help="measure every way to compute the released model's parts on this GPU"))
     _add_profile(commands.add_parser("profile", help="say where a step spends its time, entry by entry of its plan"))
     _add_roofline(commands.add_parser("roofline", help="say what a step of the released model must take on a GPU"))
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
@@ -139,6 +140,18 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report for programs")
     parser.add_argument("--html", metavar="FILE", help="write the report as one page")
     parser.set_defaults(command=_kernels)
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resolution", action="append", default=[], metavar="R", help="256p, 540p or 1080p; may be repeated (all)"
+    )
+    parser.add_argument("--op", action="append", default=[], metavar="OP", help="may be repeated (default: all)")
+    parser.add_argument("--output", metavar="FOLDER", help="for the tables (default: where they are read)")
+    parser.add_argument("--arch", metavar="SM", help="to predict for, where there is no GPU (default: sm_90)")
+    parser.add_argument("--json", metavar="FILE", help="write the report for programs")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page")
+    parser.set_defaults(command=_tune)
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
@@ -308,6 +321,23 @@ def _kernels(arguments: argparse.Namespace) -> int:
     passed, report = gate_kernels(arguments.arch, arguments.op)
     _publish(arguments, report, report)
     return 0 if passed else 1
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    _prepare_process()
+    from horsepower.tuning import tune_released
+
+    _check_files(arguments)
+    quiet = not sys.stderr.isatty()
+    report = tune_released(
+        arguments.resolution,
+        arguments.op,
+        arguments.output,
+        arguments.arch,
+        lambda line: None if quiet else print(f"... {line}", file=sys.stderr, flush=True),
+    )
+    _publish(arguments, report, report)
+    return 0
 
 
 def _device(arguments: argparse.Namespace) -> str:

@@ -79,12 +79,18 @@ def _gpu() -> Finding:
 
 
 def _driver() -> Finding:
+    found = driver()
+    return Finding("driver", found, "the NVIDIA kernel module" if found else "no NVIDIA driver is loaded")
+
+
+def driver() -> str:
+    """The version of NVIDIA's kernel module; empty if none is loaded."""
     try:
         first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):
-        return Finding("driver", "", "no NVIDIA driver is loaded")
+        return ""
     number = re.search(r"\b\d+(\.\d+)+\b", first)
-    return Finding("driver", number.group() if number else "present", "the NVIDIA kernel module")
+    return number.group() if number else "present"
 
 
 def _native() -> Finding:

@@ -10,6 +10,7 @@ from horsepower.bench import step
 from horsepower.bench.measure import machine
 from horsepower.bench.report import Cell, Figure, Paragraph, Part, Report, Table
 from horsepower.bench.step import Tokens
+from horsepower.bench.tune import jobs_of
 from horsepower.drawing import svg
 from horsepower.graph import provenance
 from horsepower.graph.capture import capture
@@ -22,6 +23,7 @@ from horsepower.kernels.native_library import ISAS
 from horsepower.kernels.target import check_target
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
+from horsepower.tuning import chosen
 
 
 def explain(
@@ -57,6 +59,7 @@ def explain(
         _kinds(found),
         _fusions(found),
         _refusals(found, [each.__name__ for each in only]),
+        *([] if target == "cpu" else [chosen(jobs_of(compiled, flat), target, whole=True)]),
         *_figures(found, captured, compiled),
     )
     return Report(title, machine(), parts)

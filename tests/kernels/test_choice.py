@@ -9,7 +9,7 @@ import torch
 
 import horsepower.kernels.ops  # noqa: F401  (every operator is registered now)
 from horsepower.kernels import tables
-from horsepower.kernels.choice import candidates, choose, predicted, predicted_parts
+from horsepower.kernels.choice import candidates, choose, predicted
 from horsepower.kernels.rates import OF_TARGET
 from horsepower.kernels.registry import OPS, Kernel
 from horsepower.kernels.tables import PARTS, Candidate, Point, Site, Table, Timed
@@ -81,14 +81,14 @@ def test_a_prediction_is_the_roofline():
     rates, tokens = OF_TARGET["sm_80"].reached, 4096
     product = 2 * tokens * 1024 * 512
     read, written = tokens * 512 * 2 + 1024 * 512 * 2, tokens * 1024 * 2
-    assert predicted(OPS["linear_activation"], up(), "sm_80") == pytest.approx(
+    assert predicted(OPS["linear_activation"], up(), "sm_80", "triton") == pytest.approx(
         max(product / rates.matrix / OF_TARGET["sm_80"].triton, (read + written) / rates.memory)
     )
-    assert predicted_parts(OPS["linear_activation"], up(), "sm_80") == pytest.approx(
+    assert predicted(OPS["linear_activation"], up(), "sm_80", PARTS) == pytest.approx(
         max(product / rates.matrix, (read + written) / rates.memory) + 2 * written / rates.memory
     )
     # a norm after a projection is a second launch: the sum is read once more
-    fused = predicted(OPS["linear_add_rms_norm"], down(), "sm_80")
+    fused = predicted(OPS["linear_add_rms_norm"], down(), "sm_80", "triton")
     moved = tokens * 1024 * 2 + 512 * 1024 * 2 + tokens * 512 * 4 + 512 * 4
     results = tokens * 512 * (4 + 2)
     assert fused == pytest.approx(
@@ -102,11 +102,12 @@ def test_without_a_table_the_shorter_prediction_is_chosen(folder, monkeypatch):
     assert fused.source == "predicted"
     assert not fused.parts
     assert fused.candidate == candidates(op, "sm_90")[0]
-    times = [f"{1e3 * each(op, up(), 'sm_90'):.3g} ms" for each in (predicted_parts, predicted)]
+    times = [f"{1e3 * predicted(op, up(), 'sm_90', name):.3g} ms" for name in (PARTS, "triton")]
     assert fused.why == f"parts {times[0]}, fused {times[1]}"
     slow = replace(OF_TARGET["sm_90"], triton=0.01)
     monkeypatch.setitem(OF_TARGET, "sm_90", slow)
     assert choose(op, up(), "sm_90").parts
+    assert not choose(op, up(), "sm_90", whole=True).parts
     assert choose(OPS["rms_norm"], (meta(4, 8), None, 1, [], 1e-6, BF16), "sm_90").why == "the only kernel"
     assert "flash_attention_3, triton" in choose(OPS["attention"], attention(), "sm_90").why
     assert choose(OPS["attention"], [x.float() if torch.is_tensor(x) else x for x in attention()], "sm_90") is None
@@ -117,6 +118,7 @@ def test_what_was_measured_decides_and_the_nearest_tokens_do(folder):
     store(folder, op.name, up(), point(4096, triton=(5.0, 4.0), parts=3.0), point(64, triton=(1.0, 2.0), parts=3.0))
     large, small = choose(op, up(9000), "sm_90"), choose(op, up(100), "sm_90")
     assert large.parts
+    assert choose(op, up(9000), "sm_90", whole=True).candidate == candidates(op, "sm_90")[1]
     assert str(large) == "measured: triton 0.004 ms, parts 0.003 ms at 4096 tokens"
     assert small.candidate == Candidate("triton", next(iter(tables.configs(op.name, "sm_90"))))
     assert choose(op, up(500), "sm_90").candidate.kernel == "triton"  # 7.8 times 64; 4096 is 8.2 times as much
