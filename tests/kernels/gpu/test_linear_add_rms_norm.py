@@ -31,6 +31,13 @@ def test_odd_and_prime_sizes(config, rows, depth, columns):
 
 
 @pytest.mark.parametrize("config", ALL, ids=str)
+@pytest.mark.parametrize("experts", [1, 3])
+def test_columns_that_end_with_a_quarter_of_a_tile(config, experts):
+    arguments = inputs(20, 24, 160, experts, (9, 6, 5))
+    check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, *arguments, config=config)
+
+
+@pytest.mark.parametrize("config", ALL, ids=str)
 @pytest.mark.parametrize("counts", [(20, 3, 17), (40, 0, 0), (0, 39, 1), (0, 0, 0)])
 def test_weights_and_gains_for_each_modality(config, counts):
     check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, *inputs(sum(counts), 24, 64, 3, counts, 3), config=config)
@@ -90,4 +97,4 @@ def test_what_the_kernel_does_not_take():
 def test_the_workspace_follows_from_sizes_alone():
     kernel = LINEAR_ADD_RMS_NORM.kernels[0]
     meta = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in inputs(6, 24, 300, 3, (1, 2, 3))]
-    assert kernel.workspace(*meta) == LINEAR_ADD_RMS_NORM.workspace(*meta) == 6 * 3 * 4
+    assert kernel.workspace(*meta) == LINEAR_ADD_RMS_NORM.workspace("sm_90", *meta) == 6 * 3 * 4
