@@ -5,8 +5,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,15 @@ def paired(
             run()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+        for name in turn(names, i):
             seconds[name].append(seconds_of(candidates[name]))
     return {name: tuple(values) for name, values in seconds.items()}
+
+
+def turn(names: Sequence[Name], i: int) -> list[Name]:
+    """The order of round i: each begins with another one."""
+    first = i % len(names)
+    return [*names[first:], *names[:first]]
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:

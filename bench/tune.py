@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from horsepower.bench.measure import turn
 from horsepower.graph.exact import beside
 from horsepower.graph.explain import Measured
 from horsepower.graph.graph import Graph
@@ -246,6 +247,8 @@ def _attention(
     out = q[rows]
     for queries, keys in key_ranges(frames, video, window, len(q), len(k)):
         mine = (rows >= queries.start) & (rows < queries.stop)
+        if not bool(mine.any()):
+            continue
         some = (q[rows[mine]], *(torch.cat([x[part] for part in keys]) for x in (k, v)))
         query, key, value = (x.transpose(0, 1)[None] for x in some)
         out[mine] = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)[0].transpose(0, 1)
@@ -257,11 +260,9 @@ def cuda_timer(runs: Mapping[Candidate, Run]) -> Mapping[Candidate, tuple[float,
     """Seconds of each candidate in each round on the current GPU, the order rotated from round to round."""
     started = {way: _captured(run) for way, run in runs.items()}
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
-    ways = list(started)
-    events: dict[Candidate, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {way: [] for way in ways}
+    events: dict[Candidate, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {way: [] for way in started}
     for i in range(-WARMUP, ROUNDS):
-        first = i % len(ways)
-        for way in ways[first:] + ways[:first]:
+        for way in turn(list(started), i):
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
             pair[0].record()

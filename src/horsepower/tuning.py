@@ -1,5 +1,6 @@
 """`horsepower tune`: the fastest way to compute each site of the released model, measured on the GPU at hand."""
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
@@ -57,8 +58,9 @@ def tune_released(
     if arch not in ((gpu,) if gpu else GPUS):
         raise ValueError(f"arch: got {arch!r}, allowed: {gpu or ', '.join(GPUS)}")
     folder = tables.FOLDER if output is None else Path(output)
-    if output is not None and not folder.is_dir():
-        raise ValueError(f"output: got {output!r}, allowed: a folder that is there")
+    place = folder if folder.is_dir() or output is not None else folder.parent
+    if not place.is_dir() or (gpu and not os.access(place, os.W_OK)):
+        raise ValueError(f"output: got {str(folder)!r}, allowed: a folder that is there and can be written to")
     known = [op.name for op in OPS.values() if candidates(op, arch)]
     for op in ops:
         if op not in known:
@@ -67,8 +69,7 @@ def tune_released(
     title = f"Choices for {arch} at {', '.join(resolutions)}"
     if gpu is None:
         return Report(title, machine(), (Paragraph(NOTHING), _ways(jobs, arch), chosen(jobs, arch)))
-    if output is None:
-        folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     done = tune(jobs, arch, _machine(), folder, cuda_timer, say=say)
     parts: list[Part] = [Paragraph(METHOD), _measured(done)]
     if output is None:

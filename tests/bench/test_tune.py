@@ -15,6 +15,7 @@ from horsepower.kernels.gpu import linear_activation as twin
 from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import OPS, Kernel
 from horsepower.kernels.tables import PARTS, Candidate
+from horsepower.kernels.target import target_of
 
 BF16 = torch.bfloat16
 FIRST, SECOND, WHOLE = candidates(OPS["linear_activation"], "sm_90")
@@ -179,3 +180,20 @@ def test_parts_come_before_what_they_are_parts_of(folder, monkeypatch):
     jobs = [projection(), Job(linear, (meta(40, 32), meta(48, 32), 1, []), 1)]
     tune.tune(jobs, "sm_90", {}, folder, timer(), device="cpu", say=said.append)
     assert [line.split(",")[0] for line in said] == ["linear", "linear_activation"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu(folder):
+    x, weight = meta(300, 512), meta(3 * 256, 512)
+    job = Job(OPS["linear_activation"], (x, weight, 3, [200, 60, 40], "swiglu7", BF16), 1)
+    arch = target_of(torch.device("cuda"))
+    ((_, point),) = tune.tune([job], arch, {}, folder, tune.cuda_timer)
+    assert [each.failed for each in point.timed] == [None] * len(point.timed)
+    assert tables.table(job.op, arch).at(job.site) == point
+    q, k, v = (meta(300, heads, 128) for heads in (4, 2, 2))
+    gate = torch.empty(300, 4, device="meta")
+    for window in (-1, 1):
+        inputs = (q, k, v, gate, 1, [240, 40, 20], 6, 240, window)
+        timed = measure(Job(OPS["attention"], inputs, 1), arch, tune.cuda_timer).timed
+        assert not [each.failed for each in timed if each.failed and each.failed.startswith("wrong")]
+        assert all(each.us for each in timed if each.candidate.kernel == "triton")
