@@ -15,10 +15,10 @@ FOLDERS = {
 }
 
 
-def test_every_module_is_installed():
+def test_every_module_and_table_is_installed():
     installed = resources("horsepower")
     for package, folder in FOLDERS.items():
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.json")):
             if path.name.startswith("test_"):
                 continue
             there = installed.joinpath(package, *path.relative_to(ROOT / folder).parts)

@@ -182,6 +182,42 @@ def test_parts_come_before_what_they_are_parts_of(folder, monkeypatch):
     assert [line.split(",")[0] for line in said] == ["linear", "linear_activation"]
 
 
+class Clock:
+    """Stands in for a GPU's events: what runs takes its own time, and an event notes when it is reached."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Clock.now
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+def test_the_timer_lets_all_take_turns_and_counts_no_warm_up(monkeypatch):
+    calls, empty = [], torch.empty
+
+    def run(name, seconds):
+        calls.append(name)
+        Clock.now += seconds * (100 if len(calls) <= 3 * tune.WARMUP else 1)  # the first runs are slow
+
+    class Flush:
+        def zero_(self):
+            Clock.now += 5.0
+
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **how: Flush() if device == "cuda" else empty(1))
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tune, "_captured", lambda run: run)
+    ways = {Candidate(name): seconds for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    found = tune.cuda_timer({way: lambda way=way: run(way.kernel, ways[way]) for way in ways})
+    assert found == {way: pytest.approx([seconds] * tune.ROUNDS) for way, seconds in ways.items()}
+    assert "".join(calls[3 * tune.WARMUP :])[:9] == "abcbcacab"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_on_a_gpu(folder):
     x, weight = meta(300, 512), meta(3 * 256, 512)
