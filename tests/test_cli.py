@@ -337,6 +337,40 @@ def test_tune_without_a_gpu_says_what_it_would_measure_and_that_it_did_not(capsy
     assert {row["tokens"] for row in tables["Choices"] if row["op"] == "attention"} == {4110}
 
 
+def test_tune_writes_the_tables_of_what_ran(capsys, tmp_path, monkeypatch):
+    """With the CPU in a GPU's place: Triton's kernels refuse it, the parts run."""
+    from horsepower import tuning
+
+    def on_the_cpu(jobs, arch, machine, folder, timer, say):
+        said = tune(jobs, arch, machine, folder, lambda runs: {way: [1e-6, 2e-6, 3e-6] for way in runs}, "cpu", say)
+        assert timer is tuning.cuda_timer
+        return said
+
+    tune = tuning.tune
+    for name, stand_in in {
+        "tune": on_the_cpu, "target_of": lambda device: "sm_90", "machine": lambda device: "a GPU",
+        "_machine": lambda: {"gpu": "a GPU"},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(tuning, name, stand_in)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preset_step, "released", lambda name: DiT(TINY, device="meta"))
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning, "tokens_of", lambda resolution: preset_step.Tokens(12, 5, 3, 3))
+    where = ("--resolution", "256p", "--op", "linear_activation", "--output", ".", "--json", "report.json")
+    assert cli.main(("tune", "--arch", "sm_80", *where)) == 2
+    assert "arch: got 'sm_80', allowed: sm_90" in capsys.readouterr().err
+    assert cli.main(("tune", *where)) == 0
+    assert "Written to .: linear_activation.sm_90.json." in capsys.readouterr().out
+    stored = json.loads(Path("linear_activation.sm_90.json").read_text())
+    assert (stored["machine"], {point["tokens"] for points in stored["sites"].values() for point in points}) == (
+        {"gpu": "a GPU"},
+        {20},
+    )
+    (rows,) = (table["rows"] for table in json.loads(Path("report.json").read_text())["tables"])
+    said = {(row["candidate"].split()[0], row["median us"], row[""]) for row in rows}
+    assert said == {("parts", 2.0, "the fastest"), ("triton", None, "not on a GPU")}
+
+
 def test_explain_for_a_gpu_says_how_each_site_was_chosen(small, capsys):
     assert cli.main(("explain", "--target", "sm_90", "--tokens", "12,5,3", "--frames", "3")) == 0
     said = capsys.readouterr().out
