@@ -52,6 +52,11 @@ class Graph:
         new.meta["origin"] = old.meta.get("origin", old.name)
         old.replace_all_uses_with(new)
 
+    def supplant(self, old: fx.Node, new: fx.Node) -> None:
+        """Let a value take the place of one that it is not equal to, such as a padded one: it stands for none."""
+        new.meta["origin"] = None
+        old.replace_all_uses_with(new)
+
     def fixed(self) -> set[fx.Node]:
         """Calls that depend on weights alone, and are the same every time."""
         known: set[fx.Node] = set()

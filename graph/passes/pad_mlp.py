@@ -28,7 +28,7 @@ def pad_mlp(graph: Graph) -> None:
         with graph.nodes.inserting_before(node):
             padded = graph.call(PAD, weight, experts, rows, 0, like=weight)
             wide = graph.call(UP, x, padded, experts, counts, kind, dtype, like=node)
-        graph.replace(node, wide)
+        graph.supplant(node, wide)
         for user in list(wide.users):
             _, weight, experts, *rest = args_of(user)
             with graph.nodes.inserting_before(user):

@@ -31,7 +31,10 @@ def pair_rope(graph: Graph) -> None:
             q_gain, k_gain = (graph.call(PAIR, own, experts, 1, D, turned, like=own) for own in (q_gain, k_gain))
             operands = (x, weight, q_gain, k_gain, rope, experts, counts, heads_q, heads_kv, D, eps, True)
             new = graph.call(FUSED, *operands, like=node)
-        graph.replace(node, new)
+        for item in list(node.users):
+            with graph.nodes.inserting_before(item):
+                other = graph.call(operator.getitem, new, args_of(item)[1], like=item)
+            (graph.supplant if args_of(item)[1] < 2 else graph.replace)(item, other)
         graph.take("pair_rope", new)
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from horsepower.graph import passes
+from horsepower.bench import step
+from horsepower.graph import passes, provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.passes.pad_mlp import UP
 from horsepower.graph.passes.pair_rope import FUSED
@@ -17,8 +19,14 @@ from horsepower.kernels.ops import ops
 from horsepower.kernels.rates import OF_TARGET
 from horsepower.kernels.registry import OPS
 from horsepower.kernels.tables import Candidate, Point, Site, Table, Timed
+
+
+from horsepower.graph.verify import AS_GIVEN, check_sites
+from horsepower.kernels.ops import ops
+from horsepower.kernels.registry import OPS
 from horsepower.runtime.compiled import compile
 from horsepower.runtime.executor import weights_of
+from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from models import DYNAMIC, TINY, random_inputs, random_model
 
 
@@ -177,3 +185,38 @@ def test_a_call_is_whole_or_in_parts_as_was_measured(monkeypatch, tmp_path):
         assert names == expected
         why = "linear_activation: measured: parts 0.003 ms, triton 0.004 ms at 4110 tokens"
         assert refused == ([why] if expected == PARTS else [])
+
+
+def checks_for_a_gpu(model):
+    """Each rewrite of a plan for sm_90, executed by the references."""
+    example = velocity_example(model)
+    captured = replace(capture(model, example, None, VELOCITY_SHAPES, "velocity"), target="sm_90")
+    compiled = provenance.snapshot(captured)
+    changed = provenance.rewrite(compiled, passes.PASSES)
+    inputs = pytree.tree_leaves(step.inputs(model, step.Tokens(12, 5, 4, 2)))
+    return check_sites(captured, compiled, changed, weights_of(model), inputs, kinds=(AS_GIVEN,))
+
+
+@pytest.fixture(scope="module")
+def rotated():
+    return random_model(replace(TINY, num_layers=2, mm_layers=(1,), gelu7_layers=(0,), hidden_size=256, head_dim=128))
+
+
+def test_what_is_laid_out_otherwise_is_verified_with_what_reads_it(rotated):
+    """Paired heads and padded widths have no twin in the captured graph; what comes out behind them has."""
+    checks = checks_for_a_gpu(rotated)
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+    found = {check.rewrite: check.kernels for check in checks}
+    assert {"linear_qk_norm_rope", "attention", "pair_heads"} == set(found["pair_rope"])
+    assert {"linear_activation", "linear", "pad_weight"} == set(found["pad_mlp"])
+
+
+@pytest.mark.parametrize(("recipe", "rewrite"), [("pair_heads", "pair_rope"), ("pad_weight", "pad_mlp")])
+def test_a_wrong_recipe_is_found(rotated, monkeypatch, recipe, rewrite):
+    op = OPS[recipe]
+
+    def wrong(*inputs):
+        return tuple(x.roll(1, 0) for x in op.reference(*inputs))
+
+    monkeypatch.setitem(OPS, recipe, replace(op, reference=wrong))
+    assert {check.rewrite for check in checks_for_a_gpu(rotated) if not check.passed} >= {rewrite}
