@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +44,8 @@ def measure(device: torch.device, copied: int = BYTES, side: int = SIDE, tokens:
     seconds = paired({name: run for name, (run, _) in work.items()}, ROUNDS)
     reached = {name: amount / statistics.median(seconds[name]) for name, (_, amount) in work.items()}
     rates = Rates(fp8=reached.pop("fp8", None), **reached)
-    assumed = OF_TARGET["sm_90" if target == "cpu" else target].triton
-    return GPU(_name(device), target, rates, rates, assumed)
+    like = OF_TARGET.get(target, OF_TARGET["sm_90"])  # what is assumed of Triton's kernels
+    return replace(like, name=_name(device), target=target, peak=rates, reached=rates)
 
 
 def _name(device: torch.device) -> str:

@@ -12,7 +12,6 @@ from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, dtype_of
 from horsepower.graph.pattern import computed_by, is_cast, not_wider
-from horsepower.kernels.add_rms_norm import FLOATS
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
@@ -54,7 +53,7 @@ def fuse_add_norm(graph: Graph) -> None:
 
 
 def _refusal(norm: fx.Node, total: fx.Node, residual: fx.Node, branch: Branch, counts: list[Any]) -> str | None:
-    _, gain, _, _, eps, dtype = args_of(norm)
+    _, gain, _, _, eps, _ = args_of(norm)
     if gain is None:
         return "the norm has no gain"
     if branch.post_eps not in (None, eps):
@@ -65,9 +64,6 @@ def _refusal(norm: fx.Node, total: fx.Node, residual: fx.Node, branch: Branch, c
         return "projection and norms split the rows differently"
     if not all(not_wider(dtype_of(each), dtype_of(total)) for each in (residual, branch.linear)):
         return f"the sum is kept in {dtype_of(total)}"
-    read = [dtype_of(each) for each in (total, branch.linear, gain, branch.post_gain) if each is not None]
-    if not {dtype, *read} <= set(FLOATS):
-        return "the sum, a gain or what is returned has a dtype that the op does not take"
     if not computed_by((gain, counts), total):
         return "the gain or the counts are computed later than the sum"
     return None

@@ -13,17 +13,13 @@ from horsepower.graph import passes, provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.passes.pad_mlp import UP
 from horsepower.graph.passes.pair_rope import FUSED
+from horsepower.graph.verify import AS_GIVEN, check_sites
 from horsepower.kernels import tables
 from horsepower.kernels.choice import choose
 from horsepower.kernels.ops import ops
 from horsepower.kernels.rates import OF_TARGET
 from horsepower.kernels.registry import OPS
 from horsepower.kernels.tables import Candidate, Point, Site, Table, Timed
-
-
-from horsepower.graph.verify import AS_GIVEN, check_sites
-from horsepower.kernels.ops import ops
-from horsepower.kernels.registry import OPS
 from horsepower.runtime.compiled import compile
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
