@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -128,6 +129,10 @@ class Pool:
         self._loaded.append(seat)
         return not there
 
+    def beside(self, seat: Seat) -> int:
+        """Bytes of the others that are loaded."""
+        return sum(each.bytes for each in self._loaded if each is not seat)
+
     def clear(self) -> None:
         while self._loaded:
             self._drop(self._loaded.pop())
@@ -183,7 +188,7 @@ def measure(
                 if pool.take(way.seat, way.beside):
                     for each in ways:
                         each.warm = each.warm and each.seat is not way.seat
-                _turn(way, inputs, sample, exact, device)
+                _turn(way, inputs, sample, exact, partial(_peak, device=device, seat=way.seat, pool=pool))
             except Exception as error:  # memory that is not there, a compiler that fails: the row says so
                 way.rung = replace(way.rung, failed=f"{type(error).__name__}: {first_line(error)}")
             if way.rung.failed:
@@ -213,7 +218,9 @@ def _planned(model: DiT, passes: tuple[Pass, ...], device: torch.device) -> tupl
     return plan_velocity(model, device, False, passes, cache=False), time.perf_counter() - start
 
 
-def _turn(way: Way, inputs: tuple[Any, ...], sample: tuple[Any, ...], exact: Tensor, device: torch.device) -> None:
+def _turn(
+    way: Way, inputs: tuple[Any, ...], sample: tuple[Any, ...], exact: Tensor, peak: Callable[[Callable[[], Any]], int]
+) -> None:
     """Warm up if need be, and time a run; at its first turn find what else there is to say of a rung."""
 
     def run() -> Any:
@@ -227,7 +234,7 @@ def _turn(way: Way, inputs: tuple[Any, ...], sample: tuple[Any, ...], exact: Ten
             run()
         way.warm = True
     if not started:
-        way.rung = replace(way.rung, peak=_peak(run, device) + way.seat.bytes)
+        way.rung = replace(way.rung, peak=peak(run))
     way.seconds.append(seconds_of(run))
 
 
@@ -244,15 +251,14 @@ def _start(
     way.rung = replace(way.rung, error=float((got - exact).norm() / exact.norm()))
 
 
-def _peak(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a run takes beside what was there before."""
+def _peak(run: Callable[[], Any], device: torch.device, seat: Seat, pool: Pool) -> int:
+    """Bytes that are allocated at the most, without those of the seats beside."""
     if device.type != "cuda":
-        return allocated_peak(run)
+        return allocated_peak(run) + seat.bytes
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(device) - pool.beside(seat)
 
 
 @torch.no_grad()

@@ -104,12 +104,26 @@ def test_who_sat_longest_without_a_turn_goes_first():
     assert [pool.take(each, 1) for each in (a, b, a)] == [True, True, False]
     assert pool.take(c, 1)  # b goes, a stays
     assert events == [("load", 1), ("load", 2), ("drop", 2), ("load", 3)]
+    assert (pool.beside(a), pool.beside(c), pool.beside(b)) == (3, 1, 4)
     assert not pool.take(c, 2)  # more room for its run: a goes
     assert events[4:] == [("drop", 1)]
     with pytest.raises(ValueError, match="device: got .* GiB are missing"):
         pool.take(b, 4)
     pool.clear()
     assert events[5:] == [("drop", 3)]
+
+
+def test_on_a_gpu_the_allocator_counts(monkeypatch):
+    """Played: what the others hold is not the rung's."""
+    said = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: said.append("reset"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("wait"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 100)
+    pool, mine, other = Pool(90), Chair(30, []), Chair(40, [])
+    for chair in (mine, other):
+        pool.take(chair, 0)
+    assert full._peak(lambda: said.append("run"), torch.device("cuda", 0), mine, pool) == 60
+    assert said == ["reset", "run", "wait"]
 
 
 def test_seats_hold_what_they_state():
