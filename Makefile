@@ -54,7 +54,7 @@ $(OLDEST): $(VENV)/tools
 	PIP_CONSTRAINT= $(BIN)/pip install --quiet --no-deps --target $@ "triton==3.6.*"
 
 suite: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 # Minutes and gigabytes.
 slow: install
