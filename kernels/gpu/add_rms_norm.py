@@ -86,8 +86,12 @@ def run(
 
 
 def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The seams of the DiT: gains shared or of each modality; a post-norm; the widest rows; rows 8 bytes aligned."""
-    for C, post_experts, experts in ((5120, 0, 1), (5120, 0, 3), (5120, 3, 3), (16384, 3, 3), (13652, 1, 1)):
+    """The seams of the DiT: gains shared or of each modality; a post-norm.
+
+    The widest rows; rows 8 bytes aligned; narrow rows, several of them a program.
+    """
+    shapes = ((5120, 0, 1), (5120, 0, 3), (5120, 3, 3), (16384, 3, 3), (13652, 1, 1), (1024, 1, 3))
+    for C, post_experts, experts in shapes:
         residual = torch.empty(4300, C, device="meta")
         branch = torch.empty(4300, C, dtype=torch.bfloat16, device="meta")
         post_gain = torch.empty(post_experts * C, device="meta") if post_experts else None

@@ -75,9 +75,9 @@ def run(
 
 
 def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The norms of the DiT: of a layer whose modalities have gains of their own, and of one that shares them."""
+    """The norms of the DiT: gains shared or of each modality; narrower rows, several of them a program."""
     for dtype in (torch.bfloat16, torch.float32):
-        for experts in (1, 3):
-            x = torch.empty(4300, 5120, dtype=dtype, device="meta")
-            gain = torch.empty(experts * 5120, device="meta")
-            yield f"{dtype}, {experts} experts", (x, gain, experts, [4000, 100, 200], 1e-6, torch.bfloat16)
+        for C, experts in ((5120, 1), (5120, 3), (1024, 3)):
+            x = torch.empty(4300, C, dtype=dtype, device="meta")
+            gain = torch.empty(experts * C, device="meta")
+            yield f"{C} columns, {dtype}, {experts} experts", (x, gain, experts, [4000, 100, 200], 1e-6, torch.bfloat16)

@@ -36,8 +36,10 @@ def shared_row(x, column, mask):
 def gain_of(gain, row, column, inside, second, third, C: tl.constexpr, EXPERTS: tl.constexpr):
     """The gain of each row, in float32: one for all, or that of the row's modality."""
     if EXPERTS > 1:
-        return shared_row(gain + ((row >= second).to(tl.int32) + (row >= third).to(tl.int32)) * C, column, inside)
-    return shared_row(gain, column, column < C)
+        own = shared_row(gain + ((row >= second).to(tl.int32) + (row >= third).to(tl.int32)) * C, column, inside)
+    else:  # one return: the shapes differ
+        own = shared_row(gain, column, column < C)
+    return own
 
 
 def refuses(*tensors: Tensor | None) -> str | None:
