@@ -70,14 +70,16 @@ def default(configs: Mapping[str, Sequence[Config]], x: Tensor) -> Config:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
-    """Start `kernel` over `grid`; nothing is started for an empty one."""
+    """Start `kernel` over `grid`, on the device of its first operand; nothing is started for an empty one."""
     if not all(grid):
         return
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     given = {**config.constants, **constants, **options}
     if _DRY is not None:
         _DRY.compiled.append(kernel.warmup(*args, grid=grid, **given))
-    else:
+        return
+    first = args[0]  # a tensor, or the descriptor of one
+    with torch.cuda.device_of(getattr(first, "base", first)):  # Triton takes the current device; a CPU changes nothing
         kernel[grid](*args, **given)
 
 
