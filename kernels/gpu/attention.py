@@ -24,6 +24,7 @@ from horsepower.kernels.gpu.launch import Config, default, launch, target_of
 from horsepower.kernels.modality import first_rows
 
 LOG2_E = 1.4426950408889634
+PROMPT = ("second", "third", "L", "S", "frames", "tokens", "window")  # what changes with it: not to be compiled for
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # not -inf: a row may see nothing of its first tile
 
 
@@ -62,7 +63,7 @@ def _tile(acc, total, top, q, k, v, seen, scale, MASKED: tl.constexpr):
     return acc, total, new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PROMPT)
 def attention_kernel(
     q, k, v, gate, out, q_row, q_head, k_row, k_head, v_row, v_head, gate_row, gate_head, out_row, out_head, group,
     second, third, L, S, scale, frames, tokens, window, D: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr,
