@@ -44,7 +44,7 @@ class Plan:
         """
         return lay_out(self.calls, self.outputs, self._specs, sizes, self.device, self.target)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where most results lie, and so the arena."""
         devices = [spec.device for call in self.calls for spec in call.makes]

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -62,6 +63,11 @@ class StreamOrder:
         if self._gpu:
             self._done = torch.cuda.Event()
             self._done.record()
+
+    @cached_property
+    def side(self) -> torch.cuda.Stream:
+        """A stream to capture this work on: libraries keep scratch memory by stream, which no other work may share."""
+        return torch.cuda.Stream()
 
     def finish(self) -> None:
         """Wait until the memory can be given back."""

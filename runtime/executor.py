@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from horsepower.graph.call import Call, Ref, Weight
-from horsepower.graph.contract import IntegerRule
+from horsepower.graph.contract import IntegerRule, TensorRule
 from horsepower.graph.memory import Layout, Place
 from horsepower.graph.operators import operator_of, writer_of
 from horsepower.graph.plan import Plan
@@ -132,12 +132,12 @@ class _Arena:
             if (program := self._programs.get(key)) is None:
                 return self._first(key, given, self._plan.at(sizes))
             self._programs.move_to_end(key)
-            return program.run(given)
+            return program.run(given, self._order)
 
     def _first(self, key: tuple[int, ...], given: list[Any], layout: Layout) -> list[Any]:
         if layout.arena > self._memory.numel():
-            self._programs.clear()  # they refer to the smaller arena
             self._order.finish()
+            self._programs.clear()  # they refer to the smaller arena
             self._memory = torch.empty(0, dtype=torch.uint8)
             check_free(layout.arena, layout.device)
             self._memory = torch.empty(layout.arena, dtype=torch.uint8, device=layout.device)
@@ -162,7 +162,9 @@ class _Program:
         self._steps: list[Step] = []
         self._sizes = {rule.name for rule in plan.contract.rules if isinstance(rule, IntegerRule)}
         self._held = {x.untyped_storage().data_ptr() for x in (memory, *fixed.values()) if isinstance(x, Tensor)}
-        self._captures = layout.device.type == "cuda" and around is None  # a graph could not be watched
+        there = all(rule.spec.device == layout.device for rule in plan.contract.rules if isinstance(rule, TensorRule))
+        # a graph could not be watched, and would keep what a number in the CPU's memory was when it was captured
+        self._captures = layout.device.type == "cuda" and around is None and there
         self._replay: Replay | None = None
 
     def record(self, given: list[Any]) -> list[Any]:
@@ -177,11 +179,11 @@ class _Program:
                 self._check_written(i, call)
         return self._own(self._results(env), given)
 
-    def run(self, given: list[Any]) -> list[Any]:
+    def run(self, given: list[Any], order: StreamOrder) -> list[Any]:
         """A further run, with inputs of the same sizes."""
         if self._captures:
             self._captures = False
-            self._replay = capture(self._values, given)
+            self._replay = capture(self._values, given, order.side)
         if self._replay is not None:
             return self._replay.run(given)
         return self._own(self._values(given), given)

@@ -1,6 +1,7 @@
 """A program as one CUDA graph: captured once, then started by a single call."""
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 Run = Callable[[list[Any]], list[Any]]
 
 _log = logging.getLogger("horsepower")
+_capturing = threading.Lock()  # of a process, torch knows one capture at a time
 
 
 class Replay:
@@ -18,11 +20,19 @@ class Replay:
     Buffers are the graph's own: inputs are copied in, results out.
     """
 
-    def __init__(self, run: Run, given: list[Any]):
-        """Capture; nothing is computed. Raises RuntimeError for work that a graph cannot hold, such as a transfer."""
+    def __init__(self, run: Run, given: list[Any], side: torch.cuda.Stream):
+        """Capture on a stream that no other work shares; nothing is computed.
+
+        Raises RuntimeError for work that a graph cannot hold, such as a transfer.
+        """
         self._given = [x.clone() if isinstance(x, Tensor) else x for x in given]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may go on allocating
+        back = torch.cuda.stream(torch.cuda.current_stream())  # torch leaves its stream current if a capture fails
+        with (
+            _capturing,
+            back,
+            torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"),  # others may allocate
+        ):
             self._results = run(self._given)
 
     def run(self, given: list[Any]) -> list[Any]:
@@ -34,10 +44,10 @@ class Replay:
         return [x.clone() if isinstance(x, Tensor) else x for x in self._results]
 
 
-def capture(run: Run, given: list[Any]) -> Replay | None:
+def capture(run: Run, given: list[Any], side: torch.cuda.Stream) -> Replay | None:
     """A replay of `run`; None, with the reason in the log, if it cannot be captured."""
     try:
-        return Replay(run, given)
+        return Replay(run, given, side)
     except RuntimeError as error:
         _log.warning("the step runs without a CUDA graph: %s", " ".join(str(error).split()))
         return None

@@ -55,7 +55,7 @@ class Watch:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()  # not the device: another thread may capture there
         return time.perf_counter()
 
     def _report(self, progress: Progress) -> None:

@@ -4,10 +4,13 @@ On a machine without a GPU a graph is played: it records functions, and calls th
 """
 
 import contextlib
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
+from horsepower.graph.contract import TensorRule
 from horsepower.runtime import executor
 from horsepower.runtime.devices import StreamOrder, check_free
 from horsepower.runtime.replay import Replay, capture
@@ -27,14 +30,31 @@ class Played:
             function()
 
 
+class Streams:
+    """Which stream is current."""
+
+    current = "caller's"
+
+    @staticmethod
+    @contextlib.contextmanager
+    def use(stream):
+        before, Streams.current = Streams.current, stream
+        try:
+            yield
+        finally:
+            Streams.current = before
+
+
 @contextlib.contextmanager
-def play(graph, capture_error_mode):
+def play(graph, stream, capture_error_mode):
     assert capture_error_mode == "thread_local"
+    before, Streams.current = Streams.current, stream
     Played.recording = graph
     try:
         yield
     finally:
         Played.recording = None
+    Streams.current = before  # as in torch, not after an error
 
 
 def do(function):
@@ -49,6 +69,9 @@ def do(function):
 def played(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Played)
     monkeypatch.setattr(torch.cuda, "graph", play)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Streams.current)
+    monkeypatch.setattr(torch.cuda, "stream", Streams.use)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "side")
 
 
 def doubled():
@@ -65,7 +88,7 @@ def doubled():
 
 def test_inputs_are_copied_in_and_results_out(played):
     first = torch.arange(3.0)
-    replay = Replay(doubled(), [first, 2])
+    replay = Replay(doubled(), [first, 2], "side")
     one = replay.run([first, 2])
     other = replay.run([first + 1, 2])
     assert torch.equal(one[0], first * 4)
@@ -80,7 +103,8 @@ def test_what_cannot_be_captured_is_said(monkeypatch, played, caplog):
     def run(given):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    assert capture(run, []) is None
+    assert capture(run, [], "side") is None
+    assert Streams.current == "caller's"
     assert "without a CUDA graph: operation not permitted when stream is capturing" in caplog.text
 
 
@@ -105,6 +129,67 @@ def test_a_plan_is_recorded_captured_replayed(monkeypatch, played):
     for each, expected in zip(inputs, want, strict=True):
         assert all(map(torch.equal, run(*each), expected))
     assert [len(program._replay._graph.functions) > 40 for program in programs] == [True, True]
+
+
+def test_one_capture_at_a_time(played):
+    begun, other, end = threading.Event(), threading.Event(), threading.Event()
+
+    def first(given):
+        begun.set()
+        end.wait(10)
+        return []
+
+    def second(given):
+        other.set()
+        return []
+
+    threads = [threading.Thread(target=capture, args=(run, [], "side")) for run in (first, second)]
+    threads[0].start()
+    assert begun.wait(10)
+    threads[1].start()
+    together = other.wait(0.3)
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert not together
+    assert other.is_set()
+
+
+def test_what_the_cpu_gives_is_not_captured():
+    """A number in its memory becomes an argument of a kernel, and would stay what it was."""
+    plan, gpu = compiled(random_model(TINY)).plan, torch.device("cuda", 0)
+    sizes = dict.fromkeys(("video_0", "audio_0", "text_0", "coords_0", "frames"), 2) | {"coords_0": 6}
+    layout = replace(plan.at(sizes), device=gpu)
+
+    def captures(*on_cpu):
+        rules = tuple(
+            replace(rule, spec=replace(rule.spec, device=gpu))
+            if isinstance(rule, TensorRule) and rule.name not in on_cpu
+            else rule
+            for rule in plan.contract.rules
+        )
+        moved = replace(plan, contract=replace(plan.contract, rules=rules))
+        return executor._Program(moved, {}, layout, torch.empty(0), None)._captures
+
+    assert (captures(), captures("audio")) == (True, False)
+
+
+def test_a_plan_runs_on_its_own_gpu(monkeypatch):
+    """Streams, events and graphs are those of the current device."""
+    run = compiled(random_model(TINY))._run
+    run.plan.__dict__["device"] = torch.device("cuda", 1)
+    devices = [0]
+
+    def exchange(device):
+        devices.append(device)
+        return devices[-2]
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    monkeypatch.setattr(executor._Arena, "run", lambda *_: devices.append("run"))
+    monkeypatch.setattr(executor.pytree, "tree_unflatten", lambda *_: None)
+    run(*random_inputs(TINY, 3, 2, 5, 4), 3)
+    assert devices == [0, 1, "run", 0]
 
 
 def test_missing_memory_is_said_before_it_is_taken(monkeypatch):
