@@ -105,6 +105,8 @@ def supports(
         return f"a head has {head_dim} dimensions, not {HEAD}"
     if any(each.dtype == torch.float64 for each in (q_gain, k_gain, rope)):
         return "float64"
+    if q_gain.dtype != k_gain.dtype:
+        return "the gains differ in dtype"
     half = rope[:, rope.shape[1] // 2 :]
     if not half.shape[1] or not pitched(rope) or not pitched(half) or q_gain.stride(0) != 1 or k_gain.stride(0) != 1:
         return "table or gains cannot be read as they lie"

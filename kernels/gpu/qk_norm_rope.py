@@ -80,6 +80,8 @@ def supports(
     tensors = (qkv, q_gain, k_gain, rope)
     if any(x.dtype == torch.float64 for x in tensors):
         return "float64"
+    if q_gain.dtype != k_gain.dtype:
+        return "the gains differ in dtype"
     if any(x.stride(-1) != 1 for x in tensors):
         return "the last dimension is not contiguous"
     return "a head does not fit into registers" if q_gain.shape[0] > experts * 1024 else None

@@ -87,6 +87,7 @@ def test_what_the_kernel_does_not_take():
         (9, 64, "a head has 64 dimensions, not 128"),
         (0, good[0].float(), "x is neither bfloat16 nor float16"),
         (2, good[2].double(), "float64"),
+        (3, good[3].bfloat16(), "the gains differ in dtype"),
         (4, good[4][:, :0], "table or gains cannot be read as they lie"),
         (4, good[4][:, :92].contiguous(), "table or gains cannot be read as they lie"),
     ]:

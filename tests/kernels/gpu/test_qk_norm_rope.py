@@ -73,6 +73,7 @@ def test_what_the_kernel_does_not_take():
     for i, change, reason in [
         (0, good[0].double(), "float64"),
         (3, good[3].double(), "float64"),
+        (2, good[2].bfloat16(), "the gains differ in dtype"),
         (0, good[0].T.contiguous().T, "the last dimension is not contiguous"),
     ]:
         assert qk_norm_rope.supports(*good[:i], change, *good[i + 1 :]) == reason
