@@ -151,7 +151,8 @@ def refuses(x: Tensor, weight: Tensor) -> str | None:
 
 def pitched(x: Tensor) -> bool:
     """Whether the rows of x [rows, columns] begin at multiples of 16 bytes, as descriptors and wide loads ask."""
-    aligned = all(n * x.itemsize % 16 == 0 for n in (x.stride(0), x.storage_offset()))
+    start = x.storage_offset() * x.itemsize if x.is_meta else x.data_ptr()  # the storage, too, may begin anywhere
+    aligned = start % 16 == x.stride(0) * x.itemsize % 16 == 0
     return aligned and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 

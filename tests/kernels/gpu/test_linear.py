@@ -68,3 +68,13 @@ def test_what_the_kernel_does_not_take():
         (x[:1].expand(6, 24), "its rows do not begin at multiples of 16 bytes"),
     ]:
         assert linear.supports(other, weight, *rest) == reason
+
+
+def test_a_storage_that_begins_between_multiples_of_16_bytes():
+    """Memory of other libraries may: descriptors would not be made of it."""
+    x, weight, *rest = inputs(6, 24, 16)
+    memory = torch.zeros(x.numel() * x.itemsize + 8, dtype=torch.uint8).numpy()
+    other = torch.from_numpy(memory[8:]).view(x.dtype).view(x.shape)
+    assert other.storage_offset() == 0
+    assert other.data_ptr() % 16 == 8
+    assert linear.supports(other, weight, *rest) == "its rows do not begin at multiples of 16 bytes"
