@@ -46,11 +46,12 @@ def lay_out(
 ) -> Layout:  # fmt: skip
     """Places on a device for all results and scratch memory; `specs` are those of all values that are one tensor."""
     value = cache(lambda size: evaluate(size, sizes))
+    devices = {"cpu" if target == "cpu" else "cuda", device.type}  # a GPU's plan may be tried on a CPU
     made = {(i, k): spec.at(value) for i, call in enumerate(calls) for k, spec in enumerate(call.makes)}
     lives = lifetimes(calls, outputs)
     placed = [(i, k) for i, call in enumerate(calls) if _is_placed(call, device) for k in range(len(call.makes))]
     others = [Block(made[each].bytes, *lives[each]) for each in made.keys() - placed]
-    scratch = [(i, size) for i, call in enumerate(calls) if (size := _workspace(call, specs, value, target))]
+    scratch = [(i, size) for i, call in enumerate(calls) if (size := _workspace(call, specs, value, devices))]
     blocks = [Block(made[each].bytes, *lives[each]) for each in placed]
     offsets, arena = pack([*blocks, *(Block(size, i, i) for i, size in scratch)])
     results = {each: Place(offset, made[each]) for each, offset in zip(placed, offsets, strict=False)}
@@ -83,7 +84,7 @@ def _is_placed(call: Call, device: torch.device) -> bool:
     return all(spec.device == device for spec in call.makes) and writer_of(call.target) is not None
 
 
-def _workspace(call: Call, specs: Mapping[str, TensorSpec], value: Callable[[Size], int], target: str) -> int:
+def _workspace(call: Call, specs: Mapping[str, TensorSpec], value: Callable[[Size], int], devices: set[str]) -> int:
     op = op_of(call.target)
     if op is None or all(kernel.workspace is None for kernel in op.kernels):
         return 0
@@ -92,7 +93,7 @@ def _workspace(call: Call, specs: Mapping[str, TensorSpec], value: Callable[[Siz
         spec = specs.get(value_or_ref.name) if isinstance(value_or_ref, Ref) else None
         return spec.at(value).meta() if spec else value_or_ref
 
-    return op.workspace(target, *map(argument, call.args))
+    return op.workspace(devices, *map(argument, call.args))
 
 
 @dataclass(frozen=True)

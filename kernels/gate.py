@@ -69,7 +69,7 @@ def _compiled(arch: str, name: str) -> Iterator[Gated]:
     op, twin = OPS[name], import_module(f"horsepower.kernels.gpu.{name}")
     for example, inputs in twin.examples():
         for config in twin.CONFIGS[arch]:
-            workspace = torch.empty(op.workspace(arch, *inputs), dtype=torch.uint8, device="meta")
+            workspace = torch.empty(op.workspace(["cuda"], *inputs), dtype=torch.uint8, device="meta")
             run = partial(twin.run, op.outputs(*inputs), workspace, *inputs, config=config)
             try:
                 kernels = compiled(arch, run)

@@ -5,7 +5,7 @@ An op's life, in the order of its file: schema, shape rule, reference, kernels, 
 that supports the inputs. The reference is plain PyTorch, takes anything the schema allows, and defines what is right.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,9 @@ class Op:
         """The best kernel for these inputs; None if the reference has to do."""
         return next((kernel for kernel in tables.ranked(self, inputs) if kernel.supports(*inputs) is None), None)
 
-    def workspace(self, target: str, *inputs: Any) -> int:
-        """Bytes of scratch memory that suffice for these sizes and dtypes, whatever kernel is chosen there."""
-        device = "cpu" if target == "cpu" else "cuda"
-        kernels = (kernel for kernel in self.kernels if device in kernel.devices)
+    def workspace(self, devices: Collection[str], *inputs: Any) -> int:
+        """Bytes of scratch memory that suffice for these sizes and dtypes, whatever kernel of these devices runs."""
+        kernels = (kernel for kernel in self.kernels if not set(devices).isdisjoint(kernel.devices))
         return max((kernel.workspace(*inputs) for kernel in kernels if kernel.workspace is not None), default=0)
 
     def writer(self, *inputs: Any) -> Write:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from horsepower.kernels.gpu.launch import Config, default, launch, target_of
+from horsepower.kernels.gpu.launch import Config, default, launch, place_of
 from horsepower.kernels.modality import first_rows
 
 LOG2_E = 1.4426950408889634
@@ -222,7 +222,7 @@ def _default(q: Tensor) -> Config:
     D = q.shape[-1]
     if D <= 128 and D & (D - 1) == 0:
         return default(CONFIGS, q)
-    return (PADDED if D < 128 else WIDE)[target_of(q).arch]
+    return (PADDED if D < 128 else WIDE)[place_of(q).arch]
 
 
 def _fetchable(x: Tensor, config: Config) -> bool:

@@ -28,7 +28,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Target:
+class Place:
     """What a kernel is compiled for: the architecture whose configurations it takes, and its multiprocessors."""
 
     arch: str
@@ -39,7 +39,7 @@ class Target:
 class _DryRun:
     """Where compiled kernels go instead of a GPU."""
 
-    target: Target
+    place: Place
     compiled: list[Any] = field(default_factory=list)
 
 
@@ -51,22 +51,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def target_of(x: Tensor) -> Target:
+def place_of(x: Tensor) -> Place:
     """The target of tensors that lie where x lies."""
     if _DRY is not None:
-        return _DRY.target
-    return Target("sm_90", 3) if interpreted() else _device_target(x.device.index or 0)
+        return _DRY.place
+    return Place("sm_90", 3) if interpreted() else _device(x.device.index or 0)
 
 
 @cache
-def _device_target(index: int) -> Target:
+def _device(index: int) -> Place:
     properties = torch.cuda.get_device_properties(index)
-    return Target("sm_90" if properties.major >= 9 else "sm_80", properties.multi_processor_count)
+    return Place("sm_90" if properties.major >= 9 else "sm_80", properties.multi_processor_count)
 
 
 def default(configs: Mapping[str, Sequence[Config]], x: Tensor) -> Config:
     """The default configuration where x lies."""
-    return configs[target_of(x).arch][0]
+    return configs[place_of(x).arch][0]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
@@ -89,7 +89,7 @@ def compiled(arch: str, run: Callable[[], None]) -> list[Any]:
     `run` works on meta tensors. Triton's driver is replaced for good: call it in a process of its own.
     """
     global _DRY
-    _DRY = _DryRun(Target(arch, SMS[arch]))
+    _DRY = _DryRun(Place(arch, SMS[arch]))
     triton.runtime.driver.set_active(_NoDevice(int(arch.removeprefix("sm_"))))
     try:
         run()

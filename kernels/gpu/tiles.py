@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from horsepower.kernels.gpu.launch import Config, launch, target_of
+from horsepower.kernels.gpu.launch import Config, launch, place_of
 from horsepower.kernels.modality import first_rows
 
 ROWS = ("second", "third", "L")  # the arguments that every prompt changes: not to be compiled for
@@ -189,7 +189,7 @@ def launch_tiles(
     b = descriptor(weight, cut["BN"], cut["BK"]) if cut["TMA"] and tiles else weight
     launch(
         kernel,
-        (min(tiles, target_of(x).sms) if cut["TMA"] else tiles,),
+        (min(tiles, place_of(x).sms) if cut["TMA"] else tiles,),
         a,
         b,
         x.stride(0) // 8,

@@ -62,7 +62,7 @@ for name in twins():
             given = at(inputs, tokens)
             if name == "attention":  # frames and tokens of each
                 given[6:9] = (tokens // 2 or 1, tokens // 2 * 2 or 1, *inputs[8:])
-            workspace = torch.empty(op.workspace("sm_90", *given), dtype=torch.uint8, device="meta")
+            workspace = torch.empty(op.workspace(["cuda"], *given), dtype=torch.uint8, device="meta")
             compiled("sm_90", lambda: twin.run(op.outputs(*given), workspace, *given))
         assert found
         for kernel, keys in found.items():

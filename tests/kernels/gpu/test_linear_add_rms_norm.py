@@ -97,4 +97,4 @@ def test_what_the_kernel_does_not_take():
 def test_the_workspace_follows_from_sizes_alone():
     kernel = LINEAR_ADD_RMS_NORM.kernels[0]
     meta = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in inputs(6, 24, 300, 3, (1, 2, 3))]
-    assert kernel.workspace(*meta) == LINEAR_ADD_RMS_NORM.workspace("sm_90", *meta) == 6 * 3 * 4
+    assert kernel.workspace(*meta) == LINEAR_ADD_RMS_NORM.workspace(["cuda"], *meta) == 6 * 3 * 4
