@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+from horsepower.kernels.target import target_of
+
 SMS = {"sm_80": 108, "sm_90": 132}  # of an A100 and an H100 (SXM)
 
 
@@ -52,7 +53,7 @@ def interpreted() -> bool:
 
 
 def place_of(x: Tensor) -> Place:
-    """The target of tensors that lie where x lies."""
+    """What kernels are compiled for that work where x lies."""
     if _DRY is not None:
         return _DRY.place
     return Place("sm_90", 3) if interpreted() else _device(x.device.index or 0)
@@ -60,8 +61,8 @@ def place_of(x: Tensor) -> Place:
 
 @cache
 def _device(index: int) -> Place:
-    properties = torch.cuda.get_device_properties(index)
-    return Place("sm_90" if properties.major >= 9 else "sm_80", properties.multi_processor_count)
+    device = torch.device("cuda", index)
+    return Place(target_of(device), torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def default(configs: Mapping[str, Sequence[Config]], x: Tensor) -> Config:
