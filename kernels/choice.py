@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from horsepower.kernels.rates import OF_TARGET, Unit
-from horsepower.kernels.registry import Cost, Op, op_of
+from horsepower.kernels.registry import Op, parts_of
 from horsepower.kernels.tables import PARTS, Candidate, Point, configs, measured
 
 TOKENS = 4096  # where a plan decides what it computes whole: a clip of 256p and 5 seconds has as many
@@ -80,7 +80,7 @@ def predicted(op: Op, inputs: Sequence[Any], target: str, kernel: str) -> float:
     """
     gpu = OF_TARGET[target]
     shares: dict[str, float] = {"matrix": gpu.triton, "attention": gpu.triton_attention} if kernel == "triton" else {}
-    works = _parts(op, inputs) if op.expand else [_work(op, op.cost(*inputs), inputs)]
+    works = [_work(*part) for part in (parts_of(op.expand, inputs) if op.expand else [(op, inputs)])]
     if op.expand is None or kernel == PARTS:
         slower = (replace(work, flops=work.flops / shares.get(work.unit, 1)) for work in works)
         return sum(map(gpu.reached.seconds, slower))
@@ -90,20 +90,8 @@ def predicted(op: Op, inputs: Sequence[Any], target: str, kernel: str) -> float:
     return gpu.reached.seconds(Work("matrix", flops, moved)) + again / gpu.reached.memory
 
 
-def _parts(op: Op, inputs: Sequence[Any]) -> list[Work]:
-    assert op.expand is not None
-    found: list[Work] = []
-
-    def count(target: Any, *arguments: Any) -> Any:
-        if part := op_of(str(target)):
-            found.append(_work(part, part.cost(*arguments), arguments))
-        return target(*arguments)
-
-    op.expand(count, *inputs)
-    return found
-
-
-def _work(op: Op, cost: Cost, inputs: Sequence[Any]) -> Work:
+def _work(op: Op, inputs: Sequence[Any]) -> Work:
+    cost = op.cost(*inputs)
     units: dict[str, Unit] = {"attention": "attention", "linear": "matrix" if inputs[0].itemsize <= 2 else "vector"}
     return Work(units.get(op.name, "vector"), cost.flops, cost.bytes)
 

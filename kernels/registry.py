@@ -5,7 +5,7 @@ An op's life, in the order of its file: schema, shape rule, reference, kernels, 
 that supports the inputs. The reference is plain PyTorch, takes anything the schema allows, and defines what is right.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,19 @@ class Op:
         return self(*inputs)[0]
 
 
+def parts_of(expand: Callable[..., tuple[Any, ...]], inputs: Sequence[Any]) -> list[tuple[Op, tuple[Any, ...]]]:
+    """The ops that an expansion calls, each with its arguments, for inputs on the meta device."""
+    found: list[tuple[Op, tuple[Any, ...]]] = []
+
+    def call(target: Any, *arguments: Any) -> Any:
+        if op := op_of(str(target)):
+            found.append((op, arguments))
+        return target(*arguments)
+
+    expand(call, *inputs)
+    return found
+
+
 def fused(
     name: str, schema: str, outputs: Callable[..., tuple[Tensor, ...]], expand: Callable[..., tuple[Any, ...]],
     kernels: tuple[Kernel, ...] = (),
@@ -109,17 +122,9 @@ def fused(
         return expand(lambda target, *arguments: target(*arguments), *inputs)
 
     def cost(*inputs: Any) -> Cost:
-        parts: list[Cost] = []
         inputs = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
-
-        def count(target: Any, *arguments: Any) -> Any:
-            if op := op_of(str(target)):
-                parts.append(op.cost(*arguments))
-            return target(*arguments)
-
-        expand(count, *inputs)
-        flops, given = sum(part.flops for part in parts), [x for x in inputs if isinstance(x, Tensor)]
-        made = outputs(*inputs)
+        flops = sum(op.cost(*arguments).flops for op, arguments in parts_of(expand, inputs))
+        given, made = [x for x in inputs if isinstance(x, Tensor)], outputs(*inputs)
         moved = sum(x.numel() * x.itemsize for x in (*given, *made))
         second = max((kernel.rereads(*inputs) for kernel in kernels if kernel.rereads), default=0)
         return Cost(flops, moved + max(0, second - made[-1].numel() * made[-1].itemsize))  # which is counted already
