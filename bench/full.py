@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from horsepower.bench import step
 from horsepower.bench.ladder import LABELS, Rung, Velocity, best_rival, climbed, compile_cold, first_line, flat, speedup
 from horsepower.bench.live import allocated_peak
-from horsepower.bench.measure import machine, seconds_of
+from horsepower.bench.measure import machine, seconds_of, turn
 from horsepower.bench.plot import Bar, bars
 from horsepower.bench.report import Cell, Figure, Paragraph, Part, Report, Table
 from horsepower.bench.step import RandomWeights, Tokens
@@ -180,8 +180,7 @@ def measure(
     pool = Pool(free_bytes(device) - SPARE if capacity is None else capacity)
     for i in range(options.rounds):
         say(f"round {i + 1} of {options.rounds}")
-        first = i % len(ways)
-        for way in ways[first:] + ways[:first]:
+        for way in turn(ways, i):
             if way.rung.failed:
                 continue
             try:
