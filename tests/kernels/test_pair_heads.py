@@ -1,20 +1,9 @@
-"""Weight recipes: what each expert's part becomes, and what is refused."""
+"""The order of the dimensions in each head of each expert, and what is refused."""
 
 import pytest
 import torch
 
 from horsepower.kernels.ops import ops
-
-
-def test_zeros_below_and_beside_each_expert():
-    weight = torch.arange(1.0, 13).view(6, 2)
-    padded = ops.pad_weight(weight, 3, 1, 2)
-    assert padded.shape == (9, 4)
-    for i in range(3):
-        assert torch.equal(padded[3 * i : 3 * i + 2, :2], weight[2 * i : 2 * i + 2])
-    assert padded.count_nonzero() == 12
-    with pytest.raises(ValueError, match=r"weight: got \[6, 2\], allowed: \[4 O, I\]"):
-        ops.pad_weight(weight, 4, 1, 2)
 
 
 @pytest.mark.parametrize("columns", [(), (3,)])
