@@ -1,0 +1,32 @@
+"""Rows of any floats in eight bits: each row's largest value becomes 448. See `float8`."""
+
+import torch
+from torch import Tensor
+
+from horsepower.kernels.float8 import E4M3, LARGEST, LEAST, codes_of, widen
+from horsepower.kernels.registry import Cost, Op, register
+
+SCHEMA = "(Tensor x) -> (Tensor, Tensor)"
+
+
+def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [R, C] -> codes [R, C] in e4m3, scales [R, 1] in float32. Raises ValueError for another shape or dtype."""
+    if x.ndim != 2 or not x.is_floating_point() or x.dtype == E4M3:
+        raise ValueError(f"x: got {list(x.shape)} {x.dtype}, allowed: [R, C] of 16 bits or more")
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+def reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch. A row that holds NaN or an infinity has a scale that says so, and codes that are not numbers."""
+    wide = widen(x)
+    largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
+    largest = largest.clamp(min=LEAST)
+    return codes_of(wide, LARGEST / largest), largest / LARGEST
+
+
+def cost(x: Tensor) -> Cost:
+    """A comparison and a product a value; each tensor passes memory once."""
+    return Cost(flops=2 * x.numel(), bytes=x.numel() * (x.itemsize + 1) + 4 * x.shape[0])
+
+
+QUANTISE = register(Op("quantise", SCHEMA, outputs, reference, cost))
