@@ -11,21 +11,26 @@ from horsepower.kernels.linear import outputs as linear_outputs
 from horsepower.kernels.registry import fused, register
 from horsepower.kernels.triton_library import triton_kernel
 
-SCHEMA = "(Tensor x, Tensor weight, int experts, SymInt[] counts, str kind, ScalarType dtype) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor weight, int experts, SymInt[] counts, str kind, ScalarType dtype, Tensor? x_scale=None, "
+    "Tensor? weight_scale=None) -> Tensor"
+)
 
 
 def outputs(
-    x: Tensor, weight: Tensor, experts: int, counts: Sequence[int], kind: str, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor, experts: int, counts: Sequence[int], kind: str, dtype: torch.dtype,
+    x_scale: Tensor | None = None, weight_scale: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """x [..., C], weight [experts * U, C] -> [..., U / 2] for swiglu7, [..., U] for gelu7, in `dtype`."""
-    return activation_outputs(linear_outputs(x, weight, experts, counts)[0], kind, dtype)
+    return activation_outputs(linear_outputs(x, weight, experts, counts, x_scale, weight_scale)[0], kind, dtype)
 
 
 def expand(
-    call: Callable[..., Any], x: Any, weight: Any, experts: int, counts: Any, kind: str, dtype: torch.dtype
-) -> tuple[Any, ...]:
+    call: Callable[..., Any], x: Any, weight: Any, experts: int, counts: Any, kind: str, dtype: torch.dtype,
+    *scales: Any,
+) -> tuple[Any, ...]:  # fmt: skip
     """The product, then the activation."""
-    u = call(torch.ops.horsepower.linear.default, x, weight, experts, counts)
+    u = call(torch.ops.horsepower.linear.default, x, weight, experts, counts, *scales)
     return (call(torch.ops.horsepower.activation.default, u, kind, dtype),)
 
 

@@ -17,27 +17,28 @@ from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor x, Tensor weight, int experts, Tensor residual, Tensor? post_gain, Tensor gain, SymInt[] counts, "
-    "float eps, ScalarType dtype) -> (Tensor, Tensor)"
+    "float eps, ScalarType dtype, Tensor? x_scale=None, Tensor? weight_scale=None) -> (Tensor, Tensor)"
 )
 SQUARES_COLUMNS = 128  # the least that a tile has whose squares are summed
 
 
 def outputs(
     x: Tensor, weight: Tensor, experts: int, residual: Tensor, post_gain: Tensor | None, gain: Tensor,
-    counts: Sequence[int], eps: float, dtype: torch.dtype,
+    counts: Sequence[int], eps: float, dtype: torch.dtype, x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """x [L, I], weight [experts * C, I], residual [L, C] -> their sum [L, C], and it normed and cast to `dtype`."""
-    (branch,) = linear_outputs(x, weight, experts, counts)
+    (branch,) = linear_outputs(x, weight, experts, counts, x_scale, weight_scale)
     return add_outputs(residual, branch, post_gain, gain, counts, eps, dtype)
 
 
 def expand(
     call: Callable[..., Any], x: Any, weight: Any, experts: int, residual: Any, post_gain: Any, gain: Any, counts: Any,
-    eps: float, dtype: torch.dtype,
+    eps: float, dtype: torch.dtype, *scales: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The product, then one pass over its rows."""
     ops = torch.ops.horsepower
-    branch = call(ops.linear.default, x, weight, experts, counts)
+    branch = call(ops.linear.default, x, weight, experts, counts, *scales)
     both = call(ops.add_rms_norm.default, residual, branch, post_gain, gain, counts, eps, dtype)
     return call(getitem, both, 0), call(getitem, both, 1)
 

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "tuned"
 PARTS = "parts"  # the candidate that is the operator's expansion
-WEIGHTS = frozenset(["weight", "bias", "gain", "post_gain", "q_gain", "k_gain"])  # tensors whose rows are not tokens
+WEIGHTS = frozenset(
+    ["weight", "weight_scale", "bias", "gain", "post_gain", "q_gain", "k_gain"]
+)  # tensors whose rows are not tokens
 VARYING = frozenset(["counts", "frames", "video", "eps"])  # of the prompt, or without effect on time
 
 
@@ -46,7 +48,7 @@ class Site:
     @classmethod
     def of(cls, op: "Op", inputs: Sequence[Any]) -> "Site":
         """Of inputs in the order of the schema; tensors may be on any device."""
-        named = zip(arguments(op.schema), inputs, strict=True)
+        named = zip(arguments(op.schema), inputs, strict=False)  # the last ones may have their defaults
         parts = (f"{name}={text}" for name, value in named if (text := _described(name, value)))
         return cls(" ".join(parts), inputs[0].shape[0])
 
@@ -54,7 +56,7 @@ class Site:
 @cache
 def arguments(schema: str) -> tuple[str, ...]:
     """Names of an operator's arguments."""
-    return tuple(re.findall(r"(\w+)(?=[,)])", schema.split("->")[0]))
+    return tuple(re.findall(r"(\w+)(?:=\w+)?(?=[,)])", schema.split("->")[0]))
 
 
 def _described(name: str, value: Any) -> str:
