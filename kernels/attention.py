@@ -16,6 +16,7 @@ from torch import Tensor
 from horsepower import _native
 from horsepower.kernels.attention_library import CUDNN, FLASH_2, FLASH_3, FLASH_4, TORCH_FLASH
 from horsepower.kernels.attention_ranges import gate_factor, key_ranges
+from horsepower.kernels.float8 import E4M3, codes_of, widen
 from horsepower.kernels.modality import check_counts, first_rows
 from horsepower.kernels.native_library import ISAS, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
@@ -24,19 +25,20 @@ from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? gate, int experts, SymInt[] counts, SymInt frames, SymInt video,"
-    " int window) -> Tensor"
+    " int window, Tensor? inverse=None) -> Tensor"
 )
 
 
 def outputs(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
-    window: int,
+    window: int, inverse: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """q [L, Hq, D], k and v [S, Hkv, D] of one dtype -> [L, Hq, D]; or all of them with a batch in front, without gate.
 
     With a window, S = L.
     gate, before its sigmoid: [L, Hq] for a gate a token, or [experts * Hq] for one a head (and a modality), or None.
     window: latent frames on either side, or -1 for all; the first `video` rows are `frames` frames of equal size.
+    inverse: float32 [1], what the result is multiplied by before it becomes codes of eight bits.
     Raises ValueError for inputs that do not belong together.
     """
     same = (*q.shape[:-3], *((q.shape[-3],) if window >= 0 else k.shape[-3:-2]), k.shape[-2], q.shape[-1])
@@ -45,8 +47,8 @@ def outputs(
     if not q.dtype == k.dtype == v.dtype or q.shape[-2] % k.shape[-2]:
         raise ValueError(f"q, k, v: got {q.shape[-2]}, {k.shape[-2]} heads, allowed: Hkv that divides Hq; one dtype")
     L, Hq = q.shape[-3:-1]
-    if q.ndim == 4 and (gate is not None or window >= 0):
-        raise ValueError("q: got a batch, allowed: one sequence, for a gate or a window")
+    if q.ndim == 4 and (gate is not None or inverse is not None or window >= 0):
+        raise ValueError("q: got a batch, allowed: one sequence, for a gate, a window or codes")
     if gate is not None and all(differ(gate.shape, wanted) for wanted in ((L, Hq), (experts * Hq,))):
         raise ValueError(f"gate: got {list(gate.shape)}, allowed: [{L}, {Hq}] or [{experts * Hq}]")
     if gate is not None and gate.ndim == 1 and experts != 1:
@@ -55,14 +57,20 @@ def outputs(
         raise ValueError(f"frames: got {frames} for {video} video tokens, allowed: a divisor of them")
     if window >= 0 and type(L) is type(video) is int and not 0 <= video <= L:
         raise ValueError(f"video: got {video}, allowed: 0 to {L}")
-    return (q.new_empty(q.shape),)
+    if inverse is not None and (differ(inverse.shape, (1,)) or inverse.dtype != torch.float32):
+        raise ValueError(f"inverse: got {list(inverse.shape)} {inverse.dtype}, allowed: [1] torch.float32")
+    return (q.new_empty(q.shape, dtype=q.dtype if inverse is None else E4M3),)
 
 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
-    window: int,
+    window: int, inverse: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """torch's attention, one call a range of queries; the gate in at least float32."""
+    """torch's attention, one call a range of queries; the gate, and codes, in at least float32."""
+    if inverse is not None:
+        q, k, v = (widen(x) for x in (q, k, v))
+        (out,) = reference(q, k, v, gate, experts, counts, frames, video, window)
+        return (codes_of(out, inverse),)
     if q.ndim == 4:
         query, key, value = (x.transpose(1, 2) for x in (q, k, v))
         return (F.scaled_dot_product_attention(query, key, value, enable_gqa=True).transpose(1, 2).contiguous(),)
@@ -78,8 +86,13 @@ def reference(
     return ((out.to(wide) * gate_factor(gate, experts, counts, len(q))).to(q.dtype),)
 
 
-def native_supports(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: object) -> str | None:
+def native_supports(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
+    window: int, inverse: Tensor | None = None,
+) -> str | None:  # fmt: skip
     """Why the C++ kernel cannot take these inputs, or None."""
+    if inverse is not None:
+        return "the result is quantised"
     if ISAS[0] == "portable":
         return "torch's attention is twice as fast as the portable one"
     given = (q, k, v) if gate is None else (q, k, v, gate)
@@ -105,7 +118,7 @@ def _work(q: Tensor, k: Tensor) -> int:
 
 def native(
     out: tuple[Tensor], workspace: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int,
-    counts: Sequence[int], frames: int, video: int, window: int, isa: str = ISAS[0],
+    counts: Sequence[int], frames: int, video: int, window: int, inverse: None = None, isa: str = ISAS[0],
 ) -> None:  # fmt: skip
     """C++ in the widest instruction set of this CPU; q, k, v may have any strides of rows and heads.
 
@@ -113,7 +126,7 @@ def native(
     """
     if q.ndim == 4:
         for each in zip(out[0], q, k, v, strict=True):
-            native((each[0],), workspace, *each[1:], None, 1, [], frames, video, window, isa)
+            native((each[0],), workspace, *each[1:], None, 1, [], frames, video, window, isa=isa)
         return
     L, Hq, D = q.shape
     own = gate is not None and gate.ndim == 1 and experts != 1  # a gate for each modality
@@ -152,14 +165,14 @@ def native(
 
 def cost(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
-    window: int,
+    window: int, inverse: Tensor | None = None,
 ) -> Cost:  # fmt: skip
     """Two products over the pairs that see each other; each tensor passes memory once."""
     pairs = sum(
         (rows.stop - rows.start) * sum(part.stop - part.start for part in keys)
         for rows, keys in key_ranges(frames, video, window, q.shape[-3], k.shape[-3])
     )
-    moved = (2 * q.numel() + k.numel() + v.numel()) * q.itemsize
+    moved = (q.numel() + k.numel() + v.numel()) * q.itemsize + q.numel() * (q.itemsize if inverse is None else 1)
     sequences = q.shape[0] if q.ndim == 4 else 1
     gates = gate.numel() * gate.itemsize if gate is not None else 0
     return Cost(4 * sequences * pairs * q.shape[-2] * q.shape[-1], moved + gates)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from horsepower.kernels.attention_ranges import gate_factor, key_ranges
+from horsepower.kernels.float8 import codes_of
 from horsepower.kernels.registry import Kernel
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q [B, L, Hq, D], k and v [B, S, Hkv, D] -> [B, L, Hq, D]
@@ -77,7 +78,7 @@ def writer(attend: Attend) -> Callable[..., None]:
 
     def run(
         out: tuple[Tensor, ...], _workspace: Tensor | None, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None,
-        experts: int, counts: Sequence[int], frames: int, video: int, window: int,
+        experts: int, counts: Sequence[int], frames: int, video: int, window: int, inverse: Tensor | None = None,
     ) -> None:  # fmt: skip
         if q.ndim == 4:
             out[0].copy_(attend(q, k, v))
@@ -87,7 +88,10 @@ def writer(attend: Attend) -> Callable[..., None]:
             if queries.stop > queries.start:
                 seen = (torch.cat([x[part] for part in keys]) if len(keys) > 1 else x[keys[0]] for x in (k, v))
                 made = attend(q[queries][None], *(x[None] for x in seen))[0]
-                if factor is None:
+                if inverse is not None:
+                    wide = made.float() if factor is None else made * factor[queries]
+                    out[0][queries] = codes_of(wide, inverse)
+                elif factor is None:
                     out[0][queries] = made
                 else:
                     torch.mul(made, factor[queries], out=out[0][queries])

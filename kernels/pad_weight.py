@@ -1,8 +1,9 @@
-"""Weight recipe: zeros below and to the right of each expert's part of a weight."""
+"""Weight recipe, for scales too: zeros below and to the right of each expert's part of a weight."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from horsepower.kernels.float8 import bits
 from horsepower.kernels.registry import Cost, Op, register
 
 SCHEMA = "(Tensor weight, int experts, int rows, int columns) -> Tensor"
@@ -17,7 +18,8 @@ def outputs(weight: Tensor, experts: int, rows: int, columns: int) -> tuple[Tens
 
 def reference(weight: Tensor, experts: int, rows: int, columns: int) -> tuple[Tensor, ...]:
     """Plain PyTorch."""
-    return (F.pad(weight.unflatten(0, (experts, -1)), (0, columns, 0, rows)).flatten(0, 1),)
+    own = bits(weight).unflatten(0, (experts, -1))
+    return (F.pad(own, (0, columns, 0, rows)).flatten(0, 1).view(weight.dtype),)
 
 
 def cost(weight: Tensor, experts: int, rows: int, columns: int) -> Cost:

@@ -6,6 +6,7 @@ For the rows of a weight, or a gain, whose first `heads` heads of each expert ar
 import torch
 from torch import Tensor
 
+from horsepower.kernels.float8 import bits
 from horsepower.kernels.registry import Cost, Op, register
 from horsepower.kernels.rope import paired_order
 
@@ -24,10 +25,10 @@ def outputs(x: Tensor, experts: int, heads: int, head_dim: int, turned: int) -> 
 
 def reference(x: Tensor, experts: int, heads: int, head_dim: int, turned: int) -> tuple[Tensor, ...]:
     """Plain PyTorch."""
-    own = x.unflatten(0, (experts, -1))
+    own = bits(x).unflatten(0, (experts, -1))
     paired, rest = own.split((heads * head_dim, own.shape[1] - heads * head_dim), dim=1)
     paired = paired.unflatten(1, (heads, head_dim))[:, :, paired_order(head_dim, turned)].flatten(1, 2)
-    return (torch.cat((paired, rest), dim=1).flatten(0, 1),)
+    return (torch.cat((paired, rest), dim=1).flatten(0, 1).view(x.dtype),)
 
 
 def cost(x: Tensor, experts: int, heads: int, head_dim: int, turned: int) -> Cost:

@@ -13,6 +13,7 @@ from horsepower.kernels.attention import (
     reference,
 )
 from horsepower.kernels.attention_ranges import key_ranges
+from horsepower.kernels.float8 import E4M3, codes_of
 from horsepower.kernels.native_library import ISAS
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -34,7 +35,7 @@ def run(isa, *arguments):
     out = outputs(*arguments)
     out[0].fill_(torch.nan)
     workspace = torch.full((native_workspace(*arguments, isa=isa),), 255, dtype=torch.uint8)
-    native(out, workspace, *arguments, isa)
+    native(out, workspace, *arguments, isa=isa)
     return out[0]
 
 
@@ -235,10 +236,10 @@ def test_the_workspace_follows_from_sizes_alone():
 def test_what_the_kernel_does_not_take_goes_to_the_reference():
     q, k, v, gate = inputs(6, gate=(6, 4))
     turned = v.transpose(1, 2).contiguous().transpose(1, 2)
-    assert native_supports(q, k, v, gate) is None
-    assert native_supports(q, k, turned, gate) == "the last dimension is not contiguous"
-    assert native_supports(q.half(), k.half(), v.half(), gate) == "neither float32 nor bfloat16"
-    assert native_supports(q.to("meta"), k, v, gate) == "not on the CPU"
+    assert native_supports(q, k, v, gate, *FULL) is None
+    assert native_supports(q, k, turned, gate, *FULL) == "the last dimension is not contiguous"
+    assert native_supports(q.half(), k.half(), v.half(), gate, *FULL) == "neither float32 nor bfloat16"
+    assert native_supports(q.to("meta"), k, v, gate, *FULL) == "not on the CPU"
     got, want = ATTENTION(q, k, turned, gate, *FULL), reference(q, k, turned, gate, *FULL)
     torch.testing.assert_close(got, want)
 
@@ -293,13 +294,28 @@ def test_other_keys_and_a_batch(isa, dtype, batch, rows, keys):
 
 def test_without_keys_the_reference_answers():
     q, k = torch.ones(3, 2, 8), torch.ones(0, 2, 8)
-    assert native_supports(q, k, k, None) == "there are no keys"
+    assert native_supports(q, k, k, None, *FULL) == "there are no keys"
     with pytest.raises(ValueError, match="^q: got a batch"):
         ATTENTION(q[None], q[None], q[None], torch.ones(2), 1, [], 1, 0, -1)
 
 
 def test_few_float32_tokens_go_to_torch():
     few, many = torch.ones(2, 16, 4, 16), torch.ones(2, 256, 4, 16)
-    assert native_supports(few, few, few, None) == "torch's attention is faster for so few tokens"
-    assert native_supports(many, many, many, None) is None
-    assert native_supports(few.bfloat16(), few.bfloat16(), few.bfloat16(), None) is None
+    assert native_supports(few, few, few, None, *FULL) == "torch's attention is faster for so few tokens"
+    assert native_supports(many, many, many, None, *FULL) is None
+    assert native_supports(few.bfloat16(), few.bfloat16(), few.bfloat16(), None, *FULL) is None
+
+
+def test_codes_of_the_result():
+    """Gated in float32, then rounded to eight bits, once; what exceeds the bound saturates."""
+    q, k, v, gate = inputs(40, gate=(40, 4))
+    inverse = torch.tensor([100.0])
+    (codes,) = ATTENTION(q, k, v, gate, *FULL, inverse)
+    wide = reference(q.float(), k.float(), v.float(), gate, *FULL)[0]
+    assert codes.dtype == E4M3
+    assert torch.equal(codes.float(), codes_of(wide, inverse).float())
+    assert ATTENTION(q, k, v * 1e6, gate, *FULL, inverse)[0].float().abs().max() == 448
+    with pytest.raises(ValueError, match=r"inverse: got \[2\] torch.float32, allowed: \[1\]"):
+        ATTENTION(q, k, v, gate, *FULL, torch.ones(2))
+    with pytest.raises(ValueError, match="q: got a batch"):
+        ATTENTION(q[None], k[None], v[None], None, *FULL, inverse)

@@ -230,8 +230,9 @@ def test_what_is_checked_in_fits_the_kernels():
 
 
 def test_every_way_to_compute_an_operator():
-    assert [str(each) for each in candidates(OPS["linear"], "sm_90")][:2] == [
+    assert [str(each) for each in candidates(OPS["linear"], "sm_90")][:3] == [
         "library",
+        "scaled_mm",
         f"triton {next(iter(tables.configs('linear', 'sm_90')))}",
     ]
     assert candidates(OPS["linear_qk_norm_rope"], "sm_80")[-1] == Candidate(PARTS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.ops import ops
 
 
@@ -15,3 +16,10 @@ def test_zeros_below_and_beside_each_expert():
     assert padded.count_nonzero() == 12
     with pytest.raises(ValueError, match=r"weight: got \[6, 2\], allowed: \[4 O, I\]"):
         ops.pad_weight(weight, 4, 1, 2)
+
+
+def test_codes_are_padded_with_zeros():
+    codes = torch.full((6, 2), -1.0).to(E4M3)
+    padded = ops.pad_weight(codes, 3, 1, 2)
+    assert padded.dtype == E4M3
+    assert torch.equal(padded.float(), ops.pad_weight(codes.float(), 3, 1, 2))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.ops import ops
 
 
@@ -14,3 +15,8 @@ def test_partners_come_side_by_side_in_each_head_of_each_expert(columns):
     assert torch.equal(paired, torch.cat((x[:13][order], x[13:][order])))
     with pytest.raises(ValueError, match="x: got"):
         ops.pair_heads(x, 2, 3, 6, 4)
+
+
+def test_codes_move_as_any_values_do():
+    codes = torch.randn(26, 3, generator=torch.Generator().manual_seed(0)).to(E4M3)
+    assert torch.equal(ops.pair_heads(codes, 2, 2, 6, 4).float(), ops.pair_heads(codes.float(), 2, 2, 6, 4))
