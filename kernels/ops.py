@@ -21,6 +21,7 @@ from horsepower.kernels import (  # noqa: F401 importing an op registers it
     rms_norm_quantise,
     rope,
     silu_mul,
+    value_bound,
 )
 
 ops = torch.ops.horsepower
