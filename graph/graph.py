@@ -12,6 +12,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
+from horsepower.quant.scheme import Scheme
+
 
 @dataclass(frozen=True)
 class Site:
@@ -40,6 +42,7 @@ class Graph:
     conditions: tuple[Any, ...] = ()  # what the trace assumed of sizes: true expressions in their symbols
     sites: list[Site] = field(default_factory=list)
     target: str = "cpu"  # what it is compiled for
+    scheme: Scheme | None = None  # of eight bits
 
     def call(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:
         """Append a call at the insertion point; its fake value comes from the operator's own shape rule."""

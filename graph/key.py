@@ -1,7 +1,7 @@
 """The pre-key of a plan: everything that decides it, hashed without tracing.
 
 Forward sources and what they refer to, attributes, shapes and dtypes, example inputs, passes, the compiler's and the
-kernels' own sources, versions, the target.
+kernels' own sources, versions, the target, the scheme.
 """
 
 import functools
@@ -21,6 +21,7 @@ from horsepower.graph.code import UnkeyedError, Walk, code_digest
 from horsepower.graph.repeats import attributes
 from horsepower.kernels import tables
 from horsepower.kernels.native_library import ISAS
+from horsepower.quant.scheme import Scheme
 
 
 def key_of(
@@ -31,6 +32,7 @@ def key_of(
     method: str,
     passes: Sequence[Callable[..., Any]],
     target: str = "cpu",
+    scheme: Scheme | None = None,
 ) -> str:
     """64 hexadecimal digits. Raises UnkeyedError."""
     digest = hashlib.sha256()
@@ -43,7 +45,7 @@ def key_of(
     add(torch.__version__, platform.python_version(), platform.machine(), ISAS, _own_sources())
     add(torch.get_default_dtype(), torch.get_default_device())
     add(torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-    add(target, method, *map(_pass_name, passes))
+    add(target, scheme, method, *map(_pass_name, passes))
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     walk = Walk(module, method)
     add(spec, *(_leaf(leaf, walk) for leaf in leaves), walk.text(dynamic_shapes, "dynamic_shapes"))
@@ -91,7 +93,7 @@ def _pass_name(function: Callable[..., Any]) -> str:
 def _own_sources() -> str:
     """Of the compiler and the kernels, compiled ones included, with what was measured of them."""
     root = Path(__file__).parents[1]
-    sources = [path for folder in ("graph", "kernels") for path in sorted(root.glob(f"{folder}/**/*.py"))]
+    sources = [path for folder in ("graph", "quant", "kernels") for path in sorted(root.glob(f"{folder}/**/*.py"))]
     files = [*sources, *sorted(tables.FOLDER.glob("*.json")), Path(_native.__file__)]
     digest = hashlib.sha256()
     for file in files:

@@ -12,10 +12,12 @@ from horsepower.graph.passes.fuse_activation import fuse_activation
 from horsepower.graph.passes.fuse_add_norm import fuse_add_norm
 from horsepower.graph.passes.fuse_gate import fuse_gate
 from horsepower.graph.passes.fuse_qkv import fuse_qkv
+from horsepower.graph.passes.fuse_quantiser import fuse_quantiser
 from horsepower.graph.passes.hoist import hoist
 from horsepower.graph.passes.lower import lower
 from horsepower.graph.passes.pad_mlp import pad_mlp
 from horsepower.graph.passes.pair_rope import pair_rope
+from horsepower.graph.passes.quantise import quantise
 from horsepower.graph.passes.raise_activation import raise_activation
 from horsepower.graph.passes.raise_attention import raise_attention
 from horsepower.graph.passes.raise_layer_norm import raise_layer_norm
@@ -45,6 +47,8 @@ PASSES: tuple[Pass, ...] = (
     fuse_add_norm,
     pad_mlp,
     pair_rope,
+    quantise,
+    fuse_quantiser,
     lower,
 )
 

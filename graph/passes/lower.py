@@ -5,6 +5,7 @@ tokens, since a plan holds for all lengths. A product over a batch that nothing 
 """
 
 import operator
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -25,8 +26,10 @@ LINEAR = ops.linear.default
 
 def lower(graph: Graph) -> None:
     refusal = _refusals(graph)
-    for node in list(graph.nodes.nodes):
-        if node.target is LINEAR and args_of(node)[2] == 1 and node.meta["val"].ndim != 2:
+    work = deque(graph.nodes.nodes)
+    while work:
+        node = work.popleft()
+        if node.target is LINEAR and len(node.args) == 4 and args_of(node)[2] == 1 and node.meta["val"].ndim != 2:
             node.target, node.args = aten.linear.default, node.args[:2]  # which takes a batch as it is
             continue
         op = op_of(str(node.target))
@@ -39,7 +42,8 @@ def lower(graph: Graph) -> None:
             graph.refuse("lower", node, f"{op.name}: {reason}")
 
         def call(target, *args, like: fx.Node = node) -> fx.Node:  # type: ignore[no-untyped-def]
-            return graph.call(target, *args, like=like)
+            work.appendleft(part := graph.call(target, *args, like=like))  # which may have parts of its own
+            return part
 
         with graph.nodes.inserting_before(node):
             parts = op.expand(call, *node.args)

@@ -1,0 +1,148 @@
+"""Rows are quantised by the kernel that produces them, in registers.
+
+A norm does so by the row. What is bounded takes a static scale, which goes into that of the weight behind it: swiglu7
+and gelu7 by their clamps, attention by the length of the normed rows that its values come from. Proves: no code
+overflows.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from horsepower.graph.graph import Graph, args_of, is_view
+from horsepower.graph.passes.quantise import LINEARS, QUANTISE
+from horsepower.kernels.activation import FP8_GAINS
+from horsepower.kernels.float8 import E4M3
+from horsepower.kernels.ops import ops
+
+aten = torch.ops.aten
+ATTENTION, QKV = ops.attention.default, ops.linear_qk_norm_rope.default
+# Norms after an addition, their twins that quantise, and the operand (a dtype) that these have not.
+SUMS = {
+    ops.add_rms_norm.default: (ops.add_rms_norm_quantise.default, 6),
+    ops.linear_add_rms_norm.default: (ops.linear_add_rms_norm_quantise.default, 8),
+}
+# Where activations have their kind; the dtype comes next.
+ACTIVATIONS = {ops.activation.default: 1, ops.linear_activation.default: 4}
+# Where norms have their gain.
+GAINS = {
+    ops.rms_norm.default: 1,
+    ops.rms_norm_quantise.default: 1,
+    ops.add_rms_norm.default: 3,
+    ops.add_rms_norm_quantise.default: 3,
+    ops.linear_add_rms_norm.default: 5,
+    ops.linear_add_rms_norm_quantise.default: 5,
+}
+
+
+def fuse_quantiser(graph: Graph) -> None:
+    fixed = graph.fixed()
+    for node in list(graph.nodes.nodes):
+        if node.target is not QUANTISE or node in fixed:
+            continue
+        root, views = _source(args_of(node)[0])
+        others = [user for value in (root, *views) for user in value.users if user is not node and user not in views]
+        reason = f"{others[0].target} reads its input too" if others else _fuse(graph, node, root, views)
+        if reason:
+            graph.refuse("fuse_quantiser", node, reason)
+
+
+def _source(x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """What x views, and the views in between, the first of them first."""
+    views: list[fx.Node] = []
+    while is_view(x) and x.target is not operator.getitem:
+        views.insert(0, x)
+        x = args_of(x)[0]
+    return x, views
+
+
+def _fuse(graph: Graph, node: fx.Node, root: fx.Node, views: list[fx.Node]) -> str | None:
+    """Let what computes the input quantise it; or why not."""
+    producer = args_of(root)[0] if root.target is operator.getitem else root
+    args = args_of(producer)
+    if producer.target in SUMS and args_of(root)[1] == 1 and not views:
+        twin, dtype = SUMS[producer.target]
+        with graph.nodes.inserting_before(producer):
+            new = graph.call(twin, *args[:dtype], *args[dtype + 1 :], like=producer)
+            total, codes, scales = (graph.call(operator.getitem, new, i, like=producer) for i in range(3))
+        for item in list(producer.users):
+            if args_of(item)[1] == 0:
+                graph.replace(item, total)
+        _by_rows(graph, node, codes, scales)
+    elif producer.target is ops.rms_norm.default and not views:
+        with graph.nodes.inserting_before(producer):
+            new = graph.call(ops.rms_norm_quantise.default, *args[:5], like=producer)
+            codes, scales = (graph.call(operator.getitem, new, i, like=producer) for i in range(2))
+        _by_rows(graph, node, codes, scales)
+    elif producer.target in ACTIVATIONS and args[at := ACTIVATIONS[producer.target]] in FP8_GAINS:
+        with graph.nodes.inserting_before(producer):
+            new = graph.call(producer.target, *args[: at + 1], E4M3, *args[at + 2 :], like=producer)
+        _statically(graph, node, new, views, 1 / FP8_GAINS[args[at]])
+    elif producer.target is ATTENTION:
+        values = _values(args[2])
+        if values is None:
+            return "what attention reads as values is not known to be bounded"
+        with graph.nodes.inserting_before(producer):
+            bound = graph.call(ops.value_bound.default, *values, like=producer)
+            inverse = graph.call(aten.reciprocal.default, bound, like=producer)
+            new = graph.call(ATTENTION, *args, inverse, like=producer)
+        _statically(graph, node, new, views, bound)
+    else:
+        return f"{producer.target} has no kernel that quantises"
+    graph.take("fuse_quantiser", new)
+    return None
+
+
+def _by_rows(graph: Graph, node: fx.Node, codes: fx.Node, scales: fx.Node) -> None:
+    """Let codes and scales of rows stand where those of a `quantise` stood."""
+    for item in list(node.users):
+        graph.supplant(item, (codes, scales)[args_of(item)[1]])
+
+
+def _statically(graph: Graph, node: fx.Node, new: fx.Node, views: list[fx.Node], scale: Any) -> None:
+    """Let codes of one scale, as their views, stand where those of a `quantise` stood."""
+    for view in views:
+        with graph.nodes.inserting_before(node):
+            new = graph.call(view.target, new, *args_of(view)[1:], like=view)  # type: ignore[arg-type]
+    items = {args_of(item)[1]: item for item in node.users}
+    for linear in list(items[1].users):
+        *operands, _, weight_scale = args_of(linear)
+        with graph.nodes.inserting_before(linear):
+            linear.args = (*operands, None, graph.call(aten.mul.Tensor, weight_scale, scale, like=linear))
+    graph.supplant(items[0], new)
+
+
+def _values(v: fx.Node) -> tuple[Any, ...] | None:
+    """As `value_bound` takes them: weight, its scale, the norm's gain, experts, and which of its rows make v.
+
+    None if v are not columns of a projection of normed rows.
+    """
+    x, _ = _source(v)
+    first = 0
+    width = v.meta["val"].shape[-2:].numel()
+    if x.target is operator.getitem and args_of(x)[0].target is aten.split_with_sizes.default:
+        (rest, sizes, *dim), index = args_of(args_of(x)[0]), args_of(x)[1]
+        if dim != [-1] or sizes[index] != width:
+            return None
+        x, first = rest, sum(sizes[:index])
+    if x.target is not operator.getitem or args_of(x)[0].target is not QKV or args_of(x)[1] != 2:
+        return None
+    rows, weight, _, _, _, experts, _, heads_q, heads_kv, head_dim, *_ = linear = args_of(args_of(x)[0])
+    if rows.target is operator.getitem:
+        rows = args_of(rows)[0]
+        if rows.target is QUANTISE:
+            rows, _ = _source(args_of(rows)[0])
+            rows = args_of(rows)[0] if rows.target is operator.getitem else rows
+    if rows.target not in GAINS:
+        return None
+    weight_scale = linear[-1] if len(linear) > LINEARS[QKV] else None
+    return (
+        weight,
+        weight_scale,
+        args_of(rows)[GAINS[rows.target]],
+        experts,
+        (heads_q + heads_kv) * head_dim + first,
+        width,
+    )
