@@ -16,6 +16,7 @@ from horsepower.graph.code import UnkeyedError
 from horsepower.graph.key import key_of
 from horsepower.graph.plan import Plan, plan_of
 from horsepower.kernels.target import check_target, target_of
+from horsepower.quant.scheme import Scheme, scheme_of
 from horsepower.runtime.cache import find, keep
 from horsepower.runtime.devices import indexed
 from horsepower.runtime.executor import Around, Executor, weights_of
@@ -151,6 +152,7 @@ def compile(
     target: str | None = None,
     device: torch.device | str | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    scheme: str | Scheme | None = None,
 ) -> Compiled:
     """Capture `module.method`, fuse what can be fused, and plan it; or find the plan that was made before.
 
@@ -164,12 +166,13 @@ def compile(
     device: where the plan runs, and its inputs lie; None takes the device that the module and the examples lie on.
     weights: parameters and buffers by name, for a module on the meta device. Each is asked for once, brought to the
     device, and dropped as soon as what is made of it is there.
+    scheme: of eight bits, "fp8" or "fp8-weights", or one of your own; it changes numbers, see `horsepower quantize`.
     cache: look for the plan on disk (`runtime/cache.py`), and keep it there; nothing is traced if it is found.
     Raises CaptureError for code that cannot be one graph, and ValueError if a fusion that is expected does not happen.
     """
     start = time.perf_counter()
     plan, found = planned(
-        module, example_inputs, example_keywords, dynamic_shapes, expect, method, only, cache, target, device
+        module, example_inputs, example_keywords, dynamic_shapes, expect, method, only, cache, target, device, scheme
     )
     return Compiled(module, plan, found, time.perf_counter() - start, weights)
 
@@ -185,17 +188,21 @@ def planned(
     cache: bool = True,
     target: str | None = None,
     device: torch.device | str | None = None,
+    scheme: str | Scheme | None = None,
 ) -> tuple[Plan, bool]:
     """The plan alone, which needs no weights, and whether it was found on disk; arguments are those of `compile`."""
     inputs = (example_inputs, dict(example_keywords or {}))
     here = device_of(module, example_inputs)
     there = here if device is None else indexed(torch.device(device))
     target = target_of(there) if target is None else check_target(target)
-    key = _key(module, *inputs, dynamic_shapes, method, only, target) if cache else None
+    chosen = scheme_of(scheme)
+    if chosen is not None:
+        chosen.check(target)
+    key = _key(module, *inputs, dynamic_shapes, method, only, target, chosen) if cache else None
     plan = find(key, pytree.tree_structure(inputs)) if key else None
     found = plan is not None
     if plan is None:
-        graph = replace(capture(module, *inputs, dynamic_shapes, method), target=target)
+        graph = replace(capture(module, *inputs, dynamic_shapes, method), target=target, scheme=chosen)
         plan = plan_of(passes.run(graph, only))
         if key:
             keep(key, plan)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from horsepower.graph.plan import Plan
 from horsepower.kernels.target import target_of
+from horsepower.quant.scheme import Scheme, scheme_of
 from horsepower.runtime import memory
 from horsepower.runtime.devices import indexed
 from horsepower.runtime.fused import FusedDiT, plan_velocity, velocity_sizes
@@ -67,9 +68,11 @@ class Engine:
         dtype: torch.dtype,
         mode: str,
         strict: bool,
+        scheme: Scheme | None = None,
         notes: tuple[str, ...] = (),
     ):
         self._source, self.model, self.device, self.dtype, self.mode = source, model, device, dtype, mode
+        self.scheme = scheme
         self._strict, self._notes = strict, (*source.notes, *notes)
         self._plans: dict[ModelName, tuple[DiT, Plan]] = {}
         self._dits: dict[ModelName, DiT | FusedDiT] = {}
@@ -85,6 +88,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         mode: str | None = None,
         strict: bool = True,
+        scheme: str | Scheme | None = None,
     ) -> "Engine":
         """Open a folder of released checkpoints, or the built-in preset "foal".
 
@@ -95,18 +99,20 @@ class Engine:
             fused on a CPU and on GPUs that there are kernels for, of capability 8.0 and newer.
         strict: a fusion that the model family expects and that does not happen is an error that says where; otherwise
             the model runs with those that did.
+        scheme: "fp8" (Hopper) or "fp8-weights": linear layers in eight bits, quantised while they are loaded.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
         Raises ValueError naming what is missing or wrong.
         """
         chosen = _device(device)
         mode, notes = _mode(mode, chosen)
-        dtype = _dtype(dtype, chosen)
+        scheme = _scheme(scheme, mode, chosen, dtype)
+        dtype = torch.bfloat16 if scheme is not None else _dtype(dtype, chosen)
         source = _open(folder, chosen, dtype)
         there = [name for name in ("distill", "base") if name in source.models()]
         if not there or model not in (None, *there):
             got = repr(model) if there else f"neither in {folder}"
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
-        engine = cls(source, there[0] if model is None else model, chosen, dtype, mode, strict, notes)
+        engine = cls(source, there[0] if model is None else model, chosen, dtype, mode, strict, scheme, notes)
         engine._dit(engine.model)
         return engine
 
@@ -293,7 +299,7 @@ class Engine:
     def _planned(self, name: ModelName) -> tuple[DiT, Plan]:
         if name not in self._plans:
             model = DiT(self._source.config(name), self.dtype, "meta").eval()
-            self._plans[name] = model, plan_velocity(model, self.device, self._strict)
+            self._plans[name] = model, plan_velocity(model, self.device, self._strict, scheme=self.scheme)
         return self._plans[name]
 
     def _check_channels(self, name: ModelName) -> None:
@@ -356,6 +362,17 @@ def _mode(mode: str | None, device: torch.device) -> tuple[str, tuple[str, ...]]
     if mode not in (None, *MODES):
         raise ValueError(f"mode: got {mode!r}, allowed: {', '.join(MODES)}")
     return mode or MODES[0], ()
+
+
+def _scheme(given: str | Scheme | None, mode: str, device: torch.device, dtype: torch.dtype | None) -> Scheme | None:
+    """Raises ValueError for a scheme that cannot be had here."""
+    if (scheme := scheme_of(given)) is None:
+        return None
+    if mode != "fused":
+        raise ValueError(f"scheme: got {scheme.name} with mode {mode}, allowed: None; plans alone are quantised")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"scheme: got {scheme.name} with {dtype}, allowed: with torch.bfloat16")
+    return scheme.check(target_of(device))
 
 
 def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

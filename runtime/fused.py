@@ -8,6 +8,7 @@ from torch import Tensor
 
 from horsepower.graph import passes
 from horsepower.graph.plan import Plan
+from horsepower.quant.scheme import Scheme
 from horsepower.runtime.checkpoint import fill
 from horsepower.runtime.compiled import Compiled, compile, planned
 from horsepower.runtime.models.dit import Condition, Counts, DiT
@@ -54,12 +55,11 @@ def compile_velocity(
     cache: bool = True,
     device: torch.device | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    scheme: str | Scheme | None = None,
 ) -> Compiled:
     """`model.velocity` as one plan for all lengths; the arguments are those of `compile`."""
-    example = velocity_example(model)
-    return compile(
-        model, example, None, VELOCITY_SHAPES, expect, "velocity", only, cache, device=device, weights=weights
-    )
+    inputs = velocity_example(model), None, VELOCITY_SHAPES
+    return compile(model, *inputs, expect, "velocity", only, cache, device=device, weights=weights, scheme=scheme)
 
 
 def plan_velocity(
@@ -68,13 +68,17 @@ def plan_velocity(
     strict: bool = True,
     only: Sequence[passes.Pass] = passes.PASSES,
     cache: bool = True,
+    scheme: str | Scheme | None = None,
+    target: str | None = None,
 ) -> Plan:
     """The plan alone, on a device, which states what it will need; the model may be on the meta device.
 
+    target: another than the device's, for a plan to look at.
     Raises ValueError, if `strict`, for a fusion that the model family expects and that does not happen.
     """
     example, expect = velocity_example(model), expected_fusions(model.config) if strict else None
-    return planned(model, example, None, VELOCITY_SHAPES, expect, "velocity", only, cache, device=device)[0]
+    where = (only, cache, target, device, scheme)
+    return planned(model, example, None, VELOCITY_SHAPES, expect, "velocity", *where)[0]
 
 
 def velocity_sizes(counts: Counts, frames: int) -> dict[str, int]:
@@ -86,16 +90,22 @@ class FusedDiT:
     """Stands where a DiT stands in the pipeline. Compiling takes seconds, once; new lengths do not compile again."""
 
     def __init__(
-        self, model: DiT, strict: bool = True, plan: Plan | None = None, weights: Mapping[str, Tensor] | None = None
+        self,
+        model: DiT,
+        strict: bool = True,
+        plan: Plan | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        scheme: str | Scheme | None = None,
     ):
-        """`model` with its weights; or on the meta device, with its `plan` and its `weights` by name.
+        """`model` with its weights, perhaps under a scheme; or on the meta device, with its `plan` and its `weights`.
 
         Such weights are streamed to the plan's device: beside the finished ones one or two are there at a time.
         Raises ValueError, unless `strict` is False, if a fusion that the model family expects does not happen.
         """
         if plan is None or weights is None:
             self.condition = model.condition
-            self.compiled = compile_velocity(model, expect=expected_fusions(model.config) if strict else None)
+            expect = expected_fusions(model.config) if strict else None
+            self.compiled = compile_velocity(model, expect=expect, scheme=scheme)
         else:
             self.condition = conditioner(model, weights, plan.device).condition
             self.compiled = Compiled(model, plan, True, 0.0, weights)

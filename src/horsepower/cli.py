@@ -69,6 +69,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--preset", default="foal", choices=("foal",), help="built-in model (default: %(default)s)")
     where.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints")
     parser.add_argument("--mode", choices=("fused", "eager"), help="how models run (default: fused on a CPU)")
+    parser.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8 (Hopper), fp8-weights")
     parser.add_argument("--variant", choices=("distill", "base"), help="model of that folder (default: distill)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument(
@@ -201,7 +202,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if request.audio is not None:
         read_audio(request.audio, request.duration)
     where = (arguments.model or arguments.preset, arguments.variant, arguments.device)
-    engine = Engine.from_pretrained(*where, mode=arguments.mode)
+    engine = Engine.from_pretrained(*where, mode=arguments.mode, scheme=arguments.scheme)
     result = engine.run(request, None if arguments.quiet or not sys.stderr.isatty() else _show)
     result.save(output)
     if not arguments.quiet:
