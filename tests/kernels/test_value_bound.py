@@ -1,0 +1,40 @@
+"""A bound that nothing exceeds, and that the worst rows come near."""
+
+import pytest
+import torch
+
+from horsepower.kernels.ops import ops
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("gains", [0, 1, 3])
+@pytest.mark.parametrize("codes", [False, True])
+def test_no_normed_row_exceeds_it(experts, gains, codes):
+    """Not the worst there is: the row that lies along the longest product of weight and gain."""
+    if gains > experts:
+        pytest.skip("gains by modality come with weights by modality")
+    weight, scale = normal(experts * 24, 48), None
+    gain = normal(gains * 48) if gains else None
+    exact = weight
+    if codes:
+        weight, scale = ops.quantise(weight)
+        exact = weight.float() * scale
+    (bound,) = ops.value_bound(weight, scale, gain, experts, 8, 10).tolist()
+    own = exact.unflatten(0, (experts, 24))[:, 8:18] * (1 if gain is None else gain.view(-1, 1, 48))
+    worst = own * (48**0.5 / own.norm(dim=-1, keepdim=True))  # a normed row for each output
+    values = (worst * own).sum(-1)
+    assert 448 * bound / 2.2 < values.max() <= 448 * bound
+    assert bound == 2.0 ** round(torch.tensor(bound).log2().item())
+
+
+def test_what_does_not_belong_together():
+    weight = normal(24, 48)
+    for experts, first, rows in ((1, 20, 5), (1, -1, 3), (1, 3, 0), (5, 0, 1)):
+        with pytest.raises(ValueError, match=r"weight: got \[24, 48\]"):
+            ops.value_bound(weight, None, None, experts, first, rows)
+    with pytest.raises(ValueError, match=r"gain: got \[47\], allowed: \[C\] or \[1 C\] with C = 48"):
+        ops.value_bound(weight, None, normal(47), 1, 0, 1)
