@@ -7,7 +7,7 @@ that time is a floor; with the rates that the best published kernels reach it is
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import fx
 from horsepower.graph.explain import Measured, block_of
 from horsepower.graph.graph import Graph
 from horsepower.graph.provenance import is_size, moves_nothing, title
-from horsepower.kernels.rates import Rates, Unit
+from horsepower.kernels.rates import Rates, Unit, unit_of_product
 
 MATRIX = {"aten.linear", "aten.matmul", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"}
 ATTENTION = {"attention", "windowed_attention", "aten.scaled_dot_product_attention"}
@@ -48,11 +48,11 @@ class Rung:
         return sum(getattr(kernel, of) for kernel in self.kernels if unit in (None, kernel.unit))
 
 
-def ladder(captured: Graph, parts: Graph, plan: Graph, inputs: Sequence[Any]) -> tuple[Rung, ...]:
+def ladder(captured: Graph, parts: Graph, plans: Mapping[str, Graph], inputs: Sequence[Any]) -> tuple[Rung, ...]:
     """How a model runs before and after its fusions.
 
-    captured: as `capture` made it; parts: with each fused operator as a product and an epilogue; plan: as it is lowered
-    for a GPU.
+    captured: as `capture` made it; parts: with each fused operator as a product and an epilogue; plans: by their names,
+    as they are lowered for a GPU.
     inputs: the flattened inputs of the sizes to count for, on any device.
     """
     eager = Measured.of(captured, inputs)
@@ -60,7 +60,7 @@ def ladder(captured: Graph, parts: Graph, plan: Graph, inputs: Sequence[Any]) ->
         Rung("eager", tuple(_kernel([node], eager) for node in eager.work)),
         Rung("chains fused", tuple(_kernel(group, eager) for group in _chains(eager))),
         Rung("parts", _each(parts, inputs)),
-        Rung("plan", _each(plan, inputs)),
+        *(Rung(name, _each(plan, inputs)) for name, plan in plans.items()),
     )
 
 
@@ -91,7 +91,7 @@ def _unit(node: fx.Node) -> Unit:
     if name in ATTENTION:
         return "attention"
     if name in MATRIX or name.startswith("linear"):
-        return "matrix" if node.all_input_nodes[0].meta["val"].itemsize <= 2 else "vector"
+        return unit_of_product(node.all_input_nodes[0].meta["val"].dtype)
     return "vector"
 
 

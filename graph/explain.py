@@ -58,10 +58,7 @@ class Kind:
     @property
     def name(self) -> str:
         """block.layers 0-3, 36."""
-        if self.blocks == ("",):
-            return "around the blocks"
-        stem = self.blocks[0].rpartition(".")[0]
-        return f"{stem} {_ranges([int(path.rpartition('.')[2]) for path in self.blocks])}"
+        return blocks_of(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,13 @@ def measure(
         before.peak,
         after.peak,
     )
+
+
+def blocks_of(blocks: Sequence[Block]) -> str:
+    """block.layers 0-3, 36; of blocks of one list."""
+    if blocks[0] == "":
+        return "around the blocks"
+    return f"{blocks[0].rpartition('.')[0]} {_ranges([int(path.rpartition('.')[2]) for path in blocks])}"
 
 
 def block_of(module: str) -> Block:

@@ -5,12 +5,12 @@ not: whether an operator is computed whole or as its parts is decided when a pla
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from horsepower.kernels.rates import OF_TARGET, Unit
+from horsepower.kernels.rates import GPU, OF_TARGET, Unit, unit_of_product
 from horsepower.kernels.registry import Op, parts_of
 from horsepower.kernels.tables import PARTS, Candidate, Point, configs, measured
 
@@ -79,21 +79,32 @@ def predicted(op: Op, inputs: Sequence[Any], target: str, kernel: str) -> float:
     inputs: as of `choose`.
     """
     gpu = OF_TARGET[target]
-    shares: dict[str, float] = {"matrix": gpu.triton, "attention": gpu.triton_attention} if kernel == "triton" else {}
-    works = [_work(*part) for part in (parts_of(op.expand, inputs) if op.expand else [(op, inputs)])]
+    parts = parts_of(op.expand, inputs) if op.expand else [(op, inputs)]
     if op.expand is None or kernel == PARTS:
-        slower = (replace(work, flops=work.flops / shares.get(work.unit, 1)) for work in works)
-        return sum(map(gpu.reached.seconds, slower))
-    flops = sum(work.flops for work in works if work.unit == "matrix") / shares.get("matrix", 1)
+        names = [kernel if op.expand is None else _kernel(*part) for part in parts]
+        return sum(gpu.reached.seconds(_work(gpu, *part, name)) for part, name in zip(parts, names, strict=True))
+    works = [_work(gpu, *part, kernel) for part in parts]
+    products = [work for work in works if work.unit in ("matrix", "fp8")]
     moved = sum(x.nbytes for x in (*inputs, *op.outputs(*inputs)) if isinstance(x, Tensor))
     again = max((each.rereads(*inputs) for each in op.kernels if each.name == kernel and each.rereads), default=0)
-    return gpu.reached.seconds(Work("matrix", flops, moved)) + again / gpu.reached.memory
+    unit = products[0].unit if products else "vector"
+    whole = Work(unit, sum(work.flops for work in products), moved)
+    return gpu.reached.seconds(whole) + again / gpu.reached.memory
 
 
-def _work(op: Op, inputs: Sequence[Any]) -> Work:
+def _kernel(op: Op, inputs: Sequence[Any]) -> str:
+    found = op.kernel(*inputs)
+    return "" if found is None else found.name
+
+
+def _work(gpu: GPU, op: Op, inputs: Sequence[Any], kernel: str) -> Work:
+    """What a kernel does; arithmetic of which Triton reaches a share counts for as much more."""
     cost = op.cost(*inputs)
-    units: dict[str, Unit] = {"attention": "attention", "linear": "matrix" if inputs[0].itemsize <= 2 else "vector"}
-    return Work(units.get(op.name, "vector"), cost.flops, cost.bytes)
+    unit: Unit = "attention" if op.name == "attention" else "vector"
+    if op.name == "linear":
+        unit = unit_of_product(inputs[0].dtype)
+    shares: dict[str, float] = {"matrix": gpu.triton, "fp8": gpu.triton_fp8, "attention": gpu.triton_attention}
+    return Work(unit, cost.flops / (shares.get(unit, 1) if kernel == "triton" else 1), cost.bytes)
 
 
 def _figures(point: Point) -> str:

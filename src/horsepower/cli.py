@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="say what is fused, what is not and why, and what it saves")
     _add_report(explain, _explain, ("foal", "released"))
     explain.add_argument("--target", default="cpu", help="cpu, sm_80 or sm_90 (default: %(default)s)")
+    explain.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8 (sm_90), fp8-weights")
     _add_kernels(commands.add_parser("kernels", help="compile the GPU kernels, read their machine code; needs no GPU"))
     _add_tune(commands.add_parser("tune", help="measure every way to compute the released model's parts on this GPU"))
     _add_profile(commands.add_parser("profile", help="say where a step spends its time, entry by entry of its plan"))
@@ -170,6 +171,7 @@ def _add_roofline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", metavar="V,A,T", help="of video, audio, text (default: those of a clip of 5 s)")
     parser.add_argument("--frames", type=int, metavar="N", help="latent frames of those tokens (default: 1)")
+    parser.add_argument("--scheme", metavar="NAME", help="list the kernels of that plan: fp8, fp8-weights")
     parser.add_argument("--json", metavar="FILE", help="write the report for programs")
     parser.add_argument("--html", metavar="FILE", help="write the report as one page")
     parser.set_defaults(command=_roofline)
@@ -310,7 +312,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     _check_files(arguments)
     tokens = Tokens.parse(arguments.tokens, arguments.frames)
-    report = explain_preset(arguments.preset, arguments.variant, tokens, arguments.target)
+    report = explain_preset(arguments.preset, arguments.variant, tokens, arguments.target, arguments.scheme)
     _publish(arguments, report, report)
     return 0
 
@@ -375,7 +377,7 @@ def _roofline(arguments: argparse.Namespace) -> int:
         tokens = Tokens.parse(arguments.tokens, 1 if frames is None else frames)
     elif frames is not None:
         raise ValueError(f"frames: got {frames} without tokens, allowed: both or none")
-    report = predict(arguments.gpu, arguments.resolution, tokens)
+    report = predict(arguments.gpu, arguments.resolution, tokens, arguments.scheme)
     _publish(arguments, report, report)
     return 0
 

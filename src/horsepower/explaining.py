@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,12 +16,14 @@ from horsepower.drawing import svg
 from horsepower.graph import provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.diagram import diagram, groups_of
-from horsepower.graph.explain import Explanation, Fusion, measure
+from horsepower.graph.explain import Explanation, Fusion, blocks_of, measure
+from horsepower.graph.formats import Format, formats
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.graph.plan import Plan, plan_of
 from horsepower.kernels.native_library import ISAS
 from horsepower.kernels.target import check_target
+from horsepower.quant.scheme import Scheme, scheme_of
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from horsepower.tuning import chosen
@@ -36,6 +39,7 @@ def explain(
     only: Sequence[Pass] = PASSES,
     title: str = "The plan of a module",
     target: str = "cpu",
+    scheme: str | Scheme | None = None,
 ) -> Report:
     """Compile `module.method` as `horsepower.compile` does and say what became of it.
 
@@ -45,7 +49,9 @@ def explain(
     """
     start = time.perf_counter()
     captured = capture(module, example_inputs, example_keywords, dynamic_shapes, method)
-    captured.target = check_target(target)
+    captured.target, captured.scheme = check_target(target), scheme_of(scheme)
+    if captured.scheme is not None:
+        captured.scheme.check(target)
     compiled = provenance.snapshot(captured)
     changed = provenance.rewrite(compiled, only)
     plan = plan_of(compiled)
@@ -58,6 +64,7 @@ def explain(
         _totals(found, plan, plan.at(sizes).peak, weights),
         _kinds(found),
         _fusions(found),
+        *([] if captured.scheme is None else [_formats(compiled)]),
         _refusals(found, [each.__name__ for each in only]),
         *([] if target == "cpu" else [chosen(jobs_of(compiled, flat), target, whole=True)]),
         *_figures(found, captured, compiled),
@@ -65,14 +72,15 @@ def explain(
     return Report(title, machine(), parts)
 
 
-def explain_preset(preset: str, variant: str, tokens: Tokens, target: str = "cpu") -> Report:
+def explain_preset(
+    preset: str, variant: str, tokens: Tokens, target: str = "cpu", scheme: str | Scheme | None = None
+) -> Report:
     """On a step of the built-in preset "foal", or of the "released" sizes, which needs none of their memory."""
     model = step.preset(variant) if preset == "foal" else step.released(variant)
-    title = f"{preset} {variant}: the plan of a step for {target}, at {tokens} tokens in {tokens.frames} frames"
+    what = target if (chosen := scheme_of(scheme)) is None else f"{target} in {chosen.name}"
+    title = f"{preset} {variant}: the plan of a step for {what}, at {tokens} tokens in {tokens.frames} frames"
     example, inputs = velocity_example(model), velocity_example(model, tokens.counts, tokens.frames)
-    return explain(
-        model, example, inputs, dynamic_shapes=VELOCITY_SHAPES, method="velocity", title=title, target=target
-    )
+    return explain(model, example, inputs, None, VELOCITY_SHAPES, "velocity", PASSES, title, target, chosen)
 
 
 def _summary(found: Explanation, compiled: Graph, seconds: float) -> str:
@@ -126,6 +134,20 @@ def _fusions(found: Explanation) -> Table:
         for fusion in kind.fusions
     )
     return Table("Fused", ("blocks", "rewrite", "sites", "kernels", "instead of"), rows)
+
+
+def _formats(compiled: Graph) -> Table:
+    """What each linear layer is computed in; equal layers of all blocks in one row."""
+    found: dict[Format, list[str]] = {}
+    for each in formats(compiled):
+        found.setdefault(replace(each, block=""), []).append(each.block)
+    rows = tuple(
+        (each.layer, blocks_of(blocks), len(blocks), each.weight, each.input, each.scales, each.quantiser, each.kept)
+        for each, blocks in found.items()
+    )
+    columns = ("linear layer", "blocks", "sites", "weight", "input", "its scales", "quantised by", "")
+    note = "Scales of weights are by output channel. Static ones lie in those of the weight: they cost nothing."
+    return Table("Formats", columns, rows, note)
 
 
 def _replaced(fusion: Fusion) -> str:

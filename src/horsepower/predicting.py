@@ -17,6 +17,7 @@ from horsepower.graph.capture import capture
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes import run
 from horsepower.kernels.rates import GPU, GPUS, UNITS, Rates
+from horsepower.quant.scheme import FP8, FP8_WEIGHTS, Scheme, scheme_of
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import PIPELINES, ModelName
@@ -26,15 +27,15 @@ KERNELS = "The plan's kernels"  # a title
 SECONDS, TEXT = 5, 400  # of the clip that published times are of; tokens of a typical prompt
 LEGEND = (
     "time of a kernel = max(FLOPs / rate of its unit, bytes / bandwidth); a step is the sum of its kernels. Units: "
-    "matrix, attention, vector (float32 without matrix units). FLOPs: 2 for a multiplication and an addition. Bytes: "
-    "what a kernel reads and writes, each once. floor: at the datasheet's rates. predicted: at the rates that the best "
-    "published kernels reach. Launches, a grid's last wave and caches are not counted."
+    "matrix, fp8, attention, vector (float32 without matrix units). FLOPs: 2 for a multiplication and an addition. "
+    "Bytes: what a kernel reads and writes, each once. floor: at the datasheet's rates. predicted: at the rates that "
+    "the best published kernels reach. Launches, a grid's last wave and caches are not counted."
 )
 LADDER = (
     "Counted on the graph itself. Chains: connected elementwise calls, norms and copies between two products are one "
     "kernel, the best that Inductor can do. Parts: each fused operator is the library's product and one epilogue of "
-    "ours. Plan: as it is compiled for this GPU, epilogues inside the products. In no rung: a product whose "
-    "rows are not 16 bytes aligned (13652 columns) is slow; the plan pads it."
+    "ours. Plan: as it is compiled for this GPU, epilogues inside the products; then under each scheme of eight bits. "
+    "In no rung: a product whose rows are not 16 bytes aligned (13652 columns) is slow; the plan pads it."
 )
 
 
@@ -53,11 +54,20 @@ def variant_of(resolution: str) -> ModelName:
     return PIPELINES[resolution].super_resolution or "distill"
 
 
-def graphs_of(model: DiT, target: str) -> tuple[Graph, Graph, Graph]:
-    """A step of a model on the meta device: captured; with each fused operator as its parts; as the target runs it."""
+def graphs_of(model: DiT, target: str) -> tuple[Graph, Graph, dict[str, Graph]]:
+    """A step of a model on the meta device: captured; with each fused operator as its parts; as the target runs it.
+
+    The last by name: as it is, and under each scheme that the target has the arithmetic for.
+    """
     captured = capture(model, velocity_example(model), None, VELOCITY_SHAPES, "velocity")
-    parts, plan = provenance.snapshot(captured), replace(provenance.snapshot(captured), target=target)
-    return captured, run(parts), run(plan)
+    schemes = (None, *(scheme for scheme in (FP8_WEIGHTS, FP8) if target in scheme.targets))
+    starts = {plan_name(each): replace(provenance.snapshot(captured), target=target, scheme=each) for each in schemes}
+    return captured, run(provenance.snapshot(captured)), {name: run(start) for name, start in starts.items()}
+
+
+def plan_name(scheme: Scheme | None) -> str:
+    """Of a rung."""
+    return "plan" if scheme is None else f"plan, {scheme.name}"
 
 
 def rungs_of(model: DiT, tokens: Tokens, target: str) -> tuple[Rung, ...]:
@@ -65,17 +75,21 @@ def rungs_of(model: DiT, tokens: Tokens, target: str) -> tuple[Rung, ...]:
     return ladder(*graphs_of(model, target), pytree.tree_leaves(velocity_example(model, tokens.counts, tokens.frames)))
 
 
-def predict(gpu: str, resolution: str, tokens: Tokens | None = None) -> Report:
+def predict(gpu: str, resolution: str, tokens: Tokens | None = None, scheme: str | Scheme | None = None) -> Report:
     """The report on a denoising step of a pipeline's last stage; `tokens`: others than those of a clip of 5 seconds.
 
-    Raises ValueError for a GPU or a resolution that is not known.
+    scheme: of the plan whose kernels are listed. Raises ValueError for a GPU, a resolution or a scheme that is not
+    known, or that the GPU cannot compute.
     """
-    variant, chosen = variant_of(resolution), _gpu(gpu)
+    variant, chosen, scheme = variant_of(resolution), _gpu(gpu), scheme_of(scheme)
+    if scheme is not None:
+        scheme.check(chosen.target)
     tokens = tokens or tokens_of(resolution)
     rungs = rungs_of(step.released(variant), tokens, chosen.target)
     title = f"Roofline of a step: {variant}, {tokens} tokens in {tokens.frames} frames, on one {chosen.name}"
     parts = (Paragraph(LEGEND), _rates(chosen), _ladder(rungs, chosen), _plot(rungs, chosen.reached))
-    return Report(title, machine(), (*parts, _kernels(rungs[-1], chosen), Paragraph(_missing())))
+    plan = next(rung for rung in rungs if rung.name == plan_name(scheme))
+    return Report(title, machine(), (*parts, _kernels(plan, chosen), Paragraph(_missing())))
 
 
 def _gpu(name: str) -> GPU:
@@ -112,7 +126,7 @@ def _rates(gpu: GPU) -> Table:
             ("memory, TB/s", "memory"),
         )
     )
-    return Table("Rates", (gpu.name, "datasheet", "reached"), rows, "No kernel of the plan is FP8 yet.")
+    return Table("Rates", (gpu.name, "datasheet", "reached"), rows)
 
 
 def _ladder(rungs: tuple[Rung, ...], gpu: GPU) -> Table:

@@ -52,20 +52,22 @@ def test_flops_agree_with_the_specified_workload(variant, width, height, frames,
     if audio == 126:
         assert predicting.tokens_of({448: "256p", 896: "540p", 1920: "1080p"}[width]) == tokens
     for rung in rungs(variant, tokens):
-        assert rung.total("flops", "matrix") == pytest.approx(linear * 1e12, rel=0.01)
+        products = rung.total("flops", "matrix") + rung.total("flops", "fp8")
+        assert products == pytest.approx(linear * 1e12, rel=0.01)
+        assert (rung.total("flops", "fp8") > 0) == (rung.name == "plan, fp8")
         assert rung.total("flops", "attention") == pytest.approx(attention * 1e12, rel=0.01)
         assert rung.total("flops") == pytest.approx((linear + attention) * 1e12, rel=0.01)
 
 
 def test_each_fusion_moves_less_and_is_predicted_to_take_less():
     found = rungs("distill", Tokens(3584, 126, 400, 32))
-    for before, after in pairwise(found):
+    for before, after in pairwise(found[:4]):
         assert after.total("bytes") < before.total("bytes")
         assert len(after.kernels) < len(before.kernels)
         for gpu in GPUS.values():
             assert after.seconds(gpu.reached) < before.seconds(gpu.reached)
     # linear + activation, + qk_norm_rope, + add_rms_norm: each once a layer; four wide ones are predicted faster apart
-    names = [kernel.name for kernel in found[-1].kernels]
+    names = [kernel.name for kernel in found[3].kernels]
     assert [sum(name.startswith(op) for name in names) for op in ("linear_activation", "linear_qk")] == [40, 40]
     assert (names.count("linear_add_rms_norm"), names.count("add_rms_norm")) == (79 - 4, 4)
 
@@ -104,7 +106,7 @@ class Chains(nn.Module):
 def test_chains_are_cut_at_products_and_count_what_crosses_them():
     x = torch.empty(5, 8, dtype=BF16)
     graph = capture(Chains(), (x,), None, None, "forward")
-    eager, chains = ladder(graph, graph, graph, [x])[:2]
+    eager, chains = ladder(graph, graph, {}, [x])[:2]
     n = x.numel()
     assert [(kernel.name, kernel.unit, kernel.bytes) for kernel in sorted(chains.kernels, key=lambda k: k.name)] == [
         ("aten.exp", "vector", 2 * n * 2),
@@ -119,4 +121,4 @@ def test_chains_are_cut_at_products_and_count_what_crosses_them():
 def test_products_of_float32_run_without_matrix_units():
     x = torch.empty(4, 8)
     graph = capture(nn.Linear(8, 8, bias=False), (x,), None, None, "forward")
-    assert [kernel.unit for kernel in ladder(graph, graph, graph, [x])[0].kernels] == ["vector"]
+    assert [kernel.unit for kernel in ladder(graph, graph, {}, [x])[0].kernels] == ["vector"]
