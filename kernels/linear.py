@@ -3,8 +3,8 @@
     y = x weight^T                          of one dtype
     y = x_scale weight_scale (x weight^T)   with codes of eight bits (`float8`): of the weight, or of both
 
-Scales belong to rows: of x its tokens, of the weight its outputs. Codes of x whose scale is the same for all tokens
-come without one: the weight's has it folded in.
+Scales belong to rows: of x its tokens, of the weight its outputs, or all outputs of an expert share one. Codes of x
+whose scale is the same for all tokens come without one: the weight's has it folded in.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ def outputs(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """x [..., I] and weight [experts * O, I] of one dtype -> [..., O]; with experts, x is [L, I].
 
-    The weight may be codes with weight_scale [experts * O, 1], and then x [L, I] codes too, perhaps with x_scale
-    [L, 1]; scales are float32. Of codes the result is bfloat16, else of x's dtype.
+    The weight may be codes with weight_scale [experts * O, 1] or [experts, 1], and then x [L, I] codes too, perhaps
+    with x_scale [L, 1]; scales are float32. Of codes the result is bfloat16, else of x's dtype.
     Raises ValueError for inputs that do not belong together.
     """
     allowed = x.dtype if weight_scale is None else E4M3
@@ -41,9 +41,11 @@ def outputs(
         )
     if x.dtype == E4M3 and (weight_scale is None or x.ndim != 2):
         raise ValueError(f"x: got {list(x.shape)} {x.dtype}, allowed: [L, I], with a weight_scale")
-    for name, scale, rows in (("x_scale", x_scale, x.shape[0]), ("weight_scale", weight_scale, weight.shape[0])):
-        if scale is not None and (differ(scale.shape, (rows, 1)) or scale.dtype != torch.float32):
-            raise ValueError(f"{name}: got {list(scale.shape)} {scale.dtype}, allowed: [{rows}, 1] torch.float32")
+    shared = weight_scale is not None and weight_scale.shape[0] == experts
+    rows = experts if shared else weight.shape[0]
+    for name, scale, count in (("x_scale", x_scale, x.shape[0]), ("weight_scale", weight_scale, rows)):
+        if scale is not None and (differ(scale.shape, (count, 1)) or scale.dtype != torch.float32):
+            raise ValueError(f"{name}: got {list(scale.shape)} {scale.dtype}, allowed: [{count}, 1] torch.float32")
     if x_scale is not None and x.dtype != E4M3:
         raise ValueError(f"x_scale: got one for {x.dtype}, allowed: for {E4M3}")
     check_experts(experts, counts, x.shape[0])
@@ -92,6 +94,9 @@ def scaled_supports(
     """Why the library's product of codes cannot take these inputs, or None."""
     if x.dtype != E4M3:
         return "x is not quantised"
+    assert weight_scale is not None
+    if x_scale is not None and weight_scale.shape[0] < weight.shape[0]:
+        return "x has a scale a token, the weight one for all outputs"
     if x.shape[1] % 16 or weight.shape[0] // experts % 16:
         return "a dimension of the weight is no multiple of 16"
     return None if x.stride(1) == weight.stride(1) == 1 else "rows are not contiguous"
@@ -103,9 +108,12 @@ def scaled(
 ) -> None:  # fmt: skip
     """torch's matrix product of codes (cuBLASLt) into the output's rows."""
     assert weight_scale is not None
-    x_scale = weight_scale.new_ones(x.shape[0], 1) if x_scale is None else x_scale
-    for part, rows, scale, own, own_scale in _parts(experts, counts, (out[0], x, x_scale), (weight, weight_scale)):
-        torch._scaled_mm(rows, own.t(), scale_a=scale, scale_b=own_scale.t(), out_dtype=out[0].dtype, out=part)
+    shared = weight_scale.shape[0] < weight.shape[0]
+    one = weight_scale.new_ones(1 if shared else x.shape[0], 1) if x_scale is None else x_scale
+    scales = one.expand(x.shape[0], 1)
+    for part, rows, scale, own, own_scale in _parts(experts, counts, (out[0], x, scales), (weight, weight_scale)):
+        by = (one.view(()), own_scale.view(())) if shared else (scale, own_scale.t())
+        torch._scaled_mm(rows, own.t(), scale_a=by[0], scale_b=by[1], out_dtype=out[0].dtype, out=part)
 
 
 def _parts(

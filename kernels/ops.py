@@ -17,10 +17,12 @@ from horsepower.kernels import (  # noqa: F401 importing an op registers it
     pair_heads,
     qk_norm_rope,
     quantise,
+    quantise_tensor,
     rms_norm,
     rms_norm_quantise,
     rope,
     silu_mul,
+    to_codes,
     value_bound,
 )
 

@@ -27,6 +27,8 @@ def outputs(
     own = weight.shape[0] // experts
     if weight.ndim != 2 or weight.shape[0] % experts or not 0 <= first < first + rows <= own:
         raise ValueError(f"weight: got {list(weight.shape)}, allowed: [{experts} * at least {first + rows}, C]")
+    if weight_scale is not None and weight_scale.shape != (weight.shape[0], 1):
+        raise ValueError(f"weight_scale: got {list(weight_scale.shape)}, allowed: [{weight.shape[0]}, 1]")
     if gain is not None and gain.shape not in ((weight.shape[1],), (experts * weight.shape[1],)):
         raise ValueError(f"gain: got {list(gain.shape)}, allowed: [C] or [{experts} C] with C = {weight.shape[1]}")
     return (weight.new_empty(1, dtype=torch.float32),)

@@ -3,9 +3,11 @@
 A scheme is said once, to `Engine` or `compile`, and applied by the compiler; `explain` shows what became of it.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from horsepower.kernels.target import TARGETS
 
@@ -16,9 +18,12 @@ class Scheme:
 
     name: str
     says: str  # in one line
-    activations: bool  # in eight bits too, so that the products are; else weights are stored in eight bits
     targets: tuple[str, ...]  # that have the arithmetic for it
+    weights: Literal["channel", "tensor"] = "channel"  # what shares a scale: an output of a layer, or the layer
+    # The same of inputs, a token or all of them, so that the product is of eight bits; None leaves them as they are.
+    inputs: Literal["token", "tensor"] | None = None
     keep: tuple[str, ...] = ()  # patterns (`block.layers.0.*`) of layers that stay as they are
+    largest: tuple[tuple[str, float], ...] = ()  # layer, largest input when it was calibrated, for scales of all tokens
 
     def keeps(self, layer: str) -> str | None:
         """The pattern under which a layer stays as it is; None if it is quantised. layer: its path in the model."""
@@ -27,6 +32,16 @@ class Scheme:
     def keeping(self, keep: Sequence[str]) -> "Scheme":
         """The same scheme with another keep-list."""
         return replace(self, keep=tuple(keep))
+
+    def calibrated(self, largest: Mapping[str, float]) -> "Scheme":
+        """The same scheme with what its layers' inputs were at the most: from now on they saturate there.
+
+        Raises ValueError for a number that is not above zero.
+        """
+        for layer, value in largest.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"largest: got {value} for {layer}, allowed: a number above 0")
+        return replace(self, largest=tuple(sorted(largest.items())))
 
     def check(self, target: str) -> "Scheme":
         """The scheme itself. Raises ValueError if a target has not the arithmetic for it."""
@@ -38,14 +53,19 @@ class Scheme:
 
 FP8 = Scheme(
     "fp8",
-    "e4m3 weights by output channel, e4m3 activations by token, quantised by the kernel that makes them",
-    activations=True,
+    "e4m3 weights by output channel, e4m3 inputs by token, quantised by the kernel that makes them",
     targets=("sm_90",),
+    inputs="token",
 )
-FP8_WEIGHTS = Scheme(
-    "fp8-weights", "e4m3 weights by output channel, 16-bit products", activations=False, targets=TARGETS
+FP8_TENSOR = Scheme(
+    "fp8-tensor",
+    "e4m3 weights and inputs with a scale a tensor, calibrated and frozen; the library's products",
+    targets=("sm_90",),
+    weights="tensor",
+    inputs="tensor",
 )
-SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_WEIGHTS)}
+FP8_WEIGHTS = Scheme("fp8-weights", "e4m3 weights by output channel, 16-bit products", targets=TARGETS)
+SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_TENSOR, FP8_WEIGHTS)}
 
 
 def scheme_of(given: "str | Scheme | None") -> Scheme | None:

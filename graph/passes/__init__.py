@@ -16,6 +16,7 @@ from horsepower.graph.passes.fuse_quantiser import fuse_quantiser
 from horsepower.graph.passes.hoist import hoist
 from horsepower.graph.passes.lower import lower
 from horsepower.graph.passes.pad_mlp import pad_mlp
+from horsepower.graph.passes.pad_qkv import pad_qkv
 from horsepower.graph.passes.pair_rope import pair_rope
 from horsepower.graph.passes.quantise import quantise
 from horsepower.graph.passes.raise_activation import raise_activation
@@ -47,6 +48,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_add_norm,
     pad_mlp,
     pair_rope,
+    pad_qkv,
     quantise,
     fuse_quantiser,
     lower,

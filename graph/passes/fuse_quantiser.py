@@ -12,29 +12,20 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, is_view
-from horsepower.graph.passes.quantise import LINEARS, QUANTISE
+from horsepower.graph.passes.quantise import QUANTISE, operand
 from horsepower.kernels.activation import FP8_GAINS
 from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
 ATTENTION, QKV = ops.attention.default, ops.linear_qk_norm_rope.default
-# Norms after an addition, their twins that quantise, and the operand (a dtype) that these have not.
+# Norms after an addition, and their twins that quantise.
 SUMS = {
-    ops.add_rms_norm.default: (ops.add_rms_norm_quantise.default, 6),
-    ops.linear_add_rms_norm.default: (ops.linear_add_rms_norm_quantise.default, 8),
+    ops.add_rms_norm.default: ops.add_rms_norm_quantise.default,
+    ops.linear_add_rms_norm.default: ops.linear_add_rms_norm_quantise.default,
 }
-# Where activations have their kind; the dtype comes next.
-ACTIVATIONS = {ops.activation.default: 1, ops.linear_activation.default: 4}
-# Where norms have their gain.
-GAINS = {
-    ops.rms_norm.default: 1,
-    ops.rms_norm_quantise.default: 1,
-    ops.add_rms_norm.default: 3,
-    ops.add_rms_norm_quantise.default: 3,
-    ops.linear_add_rms_norm.default: 5,
-    ops.linear_add_rms_norm_quantise.default: 5,
-}
+ACTIVATIONS = (ops.activation.default, ops.linear_activation.default)
+NORMS = (ops.rms_norm.default, ops.rms_norm_quantise.default, *SUMS, *SUMS.values())
 
 
 def fuse_quantiser(graph: Graph) -> None:
@@ -63,9 +54,9 @@ def _fuse(graph: Graph, node: fx.Node, root: fx.Node, views: list[fx.Node]) -> s
     producer = args_of(root)[0] if root.target is operator.getitem else root
     args = args_of(producer)
     if producer.target in SUMS and args_of(root)[1] == 1 and not views:
-        twin, dtype = SUMS[producer.target]
+        others = [value for value in args if not isinstance(value, torch.dtype)]
         with graph.nodes.inserting_before(producer):
-            new = graph.call(twin, *args[:dtype], *args[dtype + 1 :], like=producer)
+            new = graph.call(SUMS[producer.target], *others, like=producer)
             total, codes, scales = (graph.call(operator.getitem, new, i, like=producer) for i in range(3))
         for item in list(producer.users):
             if args_of(item)[1] == 0:
@@ -76,10 +67,11 @@ def _fuse(graph: Graph, node: fx.Node, root: fx.Node, views: list[fx.Node]) -> s
             new = graph.call(ops.rms_norm_quantise.default, *args[:5], like=producer)
             codes, scales = (graph.call(operator.getitem, new, i, like=producer) for i in range(2))
         _by_rows(graph, node, codes, scales)
-    elif producer.target in ACTIVATIONS and args[at := ACTIVATIONS[producer.target]] in FP8_GAINS:
+    elif producer.target in ACTIVATIONS and operand(producer, "kind") in FP8_GAINS:
+        others = [E4M3 if isinstance(value, torch.dtype) else value for value in args]
         with graph.nodes.inserting_before(producer):
-            new = graph.call(producer.target, *args[: at + 1], E4M3, *args[at + 2 :], like=producer)
-        _statically(graph, node, new, views, 1 / FP8_GAINS[args[at]])
+            new = graph.call(producer.target, *others, like=producer)
+        _statically(graph, node, new, views, 1 / FP8_GAINS[operand(producer, "kind")])
     elif producer.target is ATTENTION:
         values = _values(args[2])
         if values is None:
@@ -126,23 +118,19 @@ def _values(v: fx.Node) -> tuple[Any, ...] | None:
         (rest, sizes, *dim), index = args_of(args_of(x)[0]), args_of(x)[1]
         if dim != [-1] or sizes[index] != width:
             return None
-        x, first = rest, sum(sizes[:index])
+        (x, slices), first = _source(rest), sum(sizes[:index])
+        if any(args_of(view)[:3] != (x, 1, 0) for view in slices):
+            return None
     if x.target is not operator.getitem or args_of(x)[0].target is not QKV or args_of(x)[1] != 2:
         return None
-    rows, weight, _, _, _, experts, _, heads_q, heads_kv, head_dim, *_ = linear = args_of(args_of(x)[0])
+    linear = args_of(x)[0]
+    rows, weight, experts, weight_scale = (operand(linear, name) for name in ("x", "weight", "experts", "weight_scale"))
+    first += (operand(linear, "heads_q") + operand(linear, "heads_kv")) * operand(linear, "head_dim")
     if rows.target is operator.getitem:
         rows = args_of(rows)[0]
         if rows.target is QUANTISE:
             rows, _ = _source(args_of(rows)[0])
             rows = args_of(rows)[0] if rows.target is operator.getitem else rows
-    if rows.target not in GAINS:
+    if rows.target not in NORMS:
         return None
-    weight_scale = linear[-1] if len(linear) > LINEARS[QKV] else None
-    return (
-        weight,
-        weight_scale,
-        args_of(rows)[GAINS[rows.target]],
-        experts,
-        (heads_q + heads_kv) * head_dim + first,
-        width,
-    )
+    return weight, weight_scale, operand(rows, "gain"), experts, first, width

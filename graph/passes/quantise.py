@@ -4,22 +4,25 @@ Assumes that the error which comes with it is wanted: the one pass that is not e
 """
 
 import operator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, dtype_of
+from horsepower.kernels.float8 import LARGEST
 from horsepower.kernels.ops import ops
+from horsepower.kernels.registry import op_of
+from horsepower.kernels.tables import arguments
 from horsepower.quant.scheme import Scheme
 
-# Operators that begin with a product, (x, weight, experts, ...), by how many operands come before the scales.
-LINEARS = {
-    ops.linear.default: 4,
-    ops.linear_activation.default: 6,
-    ops.linear_qk_norm_rope.default: 12,
-    ops.linear_add_rms_norm.default: 9,
-}
+# Operators that begin with a product; their last two operands, the scales, are not there before this pass.
+LINEARS = (
+    ops.linear.default,
+    ops.linear_activation.default,
+    ops.linear_qk_norm_rope.default,
+    ops.linear_add_rms_norm.default,
+)
 QUANTISE = ops.quantise.default
 PAD = ops.pad_weight.default
 RECIPES = (PAD, ops.pair_heads.default)
@@ -34,10 +37,11 @@ def quantise(graph: Graph) -> None:
         return
     known: dict[fx.Node, Pair] = {}
 
-    def pair(x: fx.Node) -> Pair:
+    def pair(x: fx.Node, *how: Any) -> Pair:
+        """Codes and scales of a value, quantised once for all that read it; how: a weight's experts, for one scale."""
         if x not in known:
             with graph.nodes.inserting_after(x):
-                made = graph.call(QUANTISE, x, like=x)
+                made = graph.call(ops.quantise_tensor.default if how else QUANTISE, x, *how, like=x)
             with graph.nodes.inserting_after(made):
                 scales = graph.call(operator.getitem, made, 1, like=x)
                 known[x] = graph.call(operator.getitem, made, 0, like=x), scales
@@ -52,10 +56,14 @@ def quantise(graph: Graph) -> None:
         if reason := _refusal(graph, scheme, x, weight, parameter):
             graph.refuse("quantise", node, reason)
             continue
-        codes, scales = pair(parameter)
+        codes, scales = pair(parameter, *([operand(node, "experts")] if scheme.weights == "tensor" else []))
         for recipe in reversed(recipes):
             codes, scales = _moved(graph, recipe, codes, scales, node)
-        x, x_scale = pair(x) if scheme.activations else (x, None)
+        x_scale = None
+        if scheme.inputs == "token":
+            x, x_scale = pair(x)
+        elif scheme.inputs == "tensor":
+            x, scales = _calibrated(graph, x, scales, scheme, layer_of(parameter), node)
         node.args = (x, codes, *rest, x_scale, scales)
         graph.take("quantise", node)
 
@@ -64,15 +72,40 @@ def _refusal(graph: Graph, scheme: Scheme, x: fx.Node, weight: fx.Node, paramete
     dtype, columns = dtype_of(weight), weight.meta["val"].shape[1]
     if parameter.op != "get_attr":
         return "its weight is computed from others"
-    if pattern := scheme.keeps(str(parameter.target).removesuffix(".weight")):
-        return f"kept: {pattern}"
-    if dtype.itemsize != 2 or (scheme.activations and dtype != torch.bfloat16):
+    if dtype.itemsize != 2 or (scheme.inputs and dtype != torch.bfloat16):
         return f"its weight is {dtype}"
+    if pattern := scheme.keeps(layer_of(parameter)):
+        return f"kept: {pattern}"
+    if scheme.inputs == "tensor" and layer_of(parameter) not in dict(scheme.largest):
+        return "its input was not calibrated"
     if x.meta["val"].ndim != 2:
         return f"its input has {x.meta['val'].ndim} dimensions"
     if graph.target != "cpu" and columns % COLUMNS:
         return f"its {columns} columns are no multiple of {COLUMNS}"
     return None
+
+
+def operand(node: fx.Node, name: str) -> Any:
+    """An operand of one of our operators by its name; None for one that is left out."""
+    op = op_of(str(node.target))
+    assert op is not None
+    given = dict(zip(arguments(op.schema), args_of(node), strict=False))
+    return given.get(name)
+
+
+def layer_of(parameter: fx.Node) -> str:
+    """The path of the layer that a weight belongs to."""
+    return str(parameter.target).removesuffix(".weight")
+
+
+def _calibrated(
+    graph: Graph, x: fx.Node, scales: fx.Node, scheme: Scheme, layer: str, place: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """Codes of x by the scale that its layer was calibrated to, and the weight's scales with that one in them."""
+    inverse = LARGEST / dict(scheme.largest)[layer]
+    with graph.nodes.inserting_before(place):
+        codes = graph.call(ops.to_codes.default, x, inverse, like=x)
+        return codes, graph.call(torch.ops.aten.mul.Tensor, scales, 1 / inverse, like=place)
 
 
 def _recipes(weight: fx.Node) -> list[fx.Node]:
@@ -89,6 +122,8 @@ def _moved(graph: Graph, recipe: fx.Node, codes: fx.Node, scales: fx.Node, place
     _, *how = args_of(recipe)
     with graph.nodes.inserting_before(place):
         codes = graph.call(recipe.target, codes, *how, like=recipe)  # type: ignore[arg-type]
+        if graph.scheme is not None and graph.scheme.weights == "tensor":
+            return codes, scales
         if recipe.target is PAD:
             how[-1] = 0  # scales have no columns to pad
         return codes, graph.call(recipe.target, scales, *how, like=recipe)  # type: ignore[arg-type]

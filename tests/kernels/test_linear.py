@@ -87,6 +87,18 @@ def test_a_scale_of_x_may_be_folded_into_that_of_the_weight():
     assert relative_error(got, x.double() / 8 @ (weight.double() * weight_scale).t()) < 2.0**-8
 
 
+@pytest.mark.parametrize("counts", COUNTS)
+def test_a_scale_for_all_outputs_of_a_weight(counts):
+    weight, weight_scale = ops.quantise_tensor(normal(3 * 48, 64) * torch.arange(1, 145)[:, None], 3)
+    x = ops.to_codes(normal(12, 64), 100.0)
+    (got,) = LINEAR(x, weight, 3, counts, None, weight_scale / 100)
+    parts = zip(x.double().split(counts), weight.double().chunk(3), weight_scale / 100, strict=True)
+    assert relative_error(got, torch.cat([rows @ own.t() * scale for rows, own, scale in parts])) < 2.0**-8
+    library = torch.full_like(got, torch.nan)
+    scaled((library,), None, x, weight, 3, counts, None, weight_scale / 100)
+    assert relative_error(library, got) < 2.0**-8
+
+
 def test_who_takes_codes():
     x, (weight, weight_scale) = normal(12, 64), ops.quantise(normal(48, 64))
     codes, x_scale = ops.quantise(x)

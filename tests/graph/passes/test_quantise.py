@@ -8,7 +8,7 @@ from torch import nn
 
 from horsepower.graph.passes import PASSES
 from horsepower.kernels.ops import ops
-from horsepower.quant.scheme import FP8, FP8_WEIGHTS, SCHEMES, Scheme, scheme_of
+from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS, SCHEMES, Scheme, scheme_of
 from horsepower.runtime.compiled import compile
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit import Linear as DiTLinear
@@ -121,6 +121,43 @@ def test_static_scales_cost_nothing(name):
         assert relative_error(one, want) < 1.2 * relative_error(other, want) < 0.2
 
 
+def largest_inputs(model, given):
+    """Of each layer, as calibration finds them."""
+    found = {}
+
+    def see(name):
+        return lambda _, args: found.__setitem__(name, max(found.get(name, 0.0), float(args[0].abs().max())))
+
+    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, DiTLinear)]
+    handles = [layer.register_forward_pre_hook(see(name)) for name, layer in layers]
+    with torch.no_grad():
+        model(*given, 3)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_scales_of_whole_tensors_are_calibrated_and_frozen():
+    model, given = random_model(CONFIG), random_inputs(CONFIG, 3, 7, 5, 9)
+    largest = largest_inputs(model, given)
+    scheme = FP8_TENSOR.calibrated(largest)
+    got = run(model, scheme, expect={"quantise": 12, "pad_qkv": 3})
+    assert len(calls(got.plan, "to_codes")) == 12
+    with torch.no_grad():
+        true = faithful(model)(*(x.double() for x in given), 3)
+        first, alone = got(*given, 3), got(*(10 * x for x in given[:3]), given[3], 3)
+        again = got(*given, 3)
+    assert all(map(torch.equal, first, again))  # nothing stays of what came between
+    assert all(x.isfinite().all() for x in alone)  # what is larger than it was calibrated for saturates
+    for one, want in zip(first, true, strict=True):
+        assert relative_error(one, want) < 0.2
+    del largest["block.layers.1.mlp.down_proj"]
+    plan = run(model, FP8_TENSOR.calibrated(largest)).plan
+    assert [site.refused for site in plan.sites].count("its input was not calibrated") == 1
+    with pytest.raises(ValueError, match="largest: got nan for a, allowed: a number above 0"):
+        FP8_TENSOR.calibrated({"a": float("nan")})
+
+
 class Tail(nn.Module):
     """A projection of what `body` makes of x."""
 
@@ -191,9 +228,9 @@ def test_a_scheme_that_the_target_cannot_compute(target):
 def test_schemes_by_name():
     assert scheme_of(None) is None
     assert [scheme_of(name) for name in SCHEMES] == [*SCHEMES.values()]
-    own = Scheme("own", "mine", True, ("sm_90",), ("*.down_proj",))
+    own = Scheme("own", "mine", ("sm_90",), keep=("*.down_proj",))
     assert scheme_of(own) is own
     assert FP8_WEIGHTS.keeping(["a.*"]).keeps("a.b") == "a.*"
     assert FP8_WEIGHTS.keeps("a.b") is None
-    with pytest.raises(ValueError, match="scheme: got 'fp4', allowed: fp8, fp8-weights"):
+    with pytest.raises(ValueError, match="scheme: got 'fp4', allowed: fp8, fp8-tensor, fp8-weights"):
         scheme_of("fp4")
