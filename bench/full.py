@@ -25,6 +25,8 @@ from horsepower.bench.report import Cell, Figure, Paragraph, Part, Report, Table
 from horsepower.bench.step import RandomWeights, Tokens
 from horsepower.graph.passes import Pass
 from horsepower.graph.plan import Plan
+from horsepower.kernels.target import target_of
+from horsepower.quant.scheme import Scheme
 from horsepower.runtime import memory
 from horsepower.runtime.checkpoint import fill
 from horsepower.runtime.devices import free_bytes
@@ -204,17 +206,20 @@ def _ways(
     ways = [Way("eager", modules, modules.eager.velocity, beside)]
     if "regional" not in options.skip:
         ways.append(Way("regional", modules, modules.regional.velocity, beside))
-    for key, passes in climbed(options.skip):
+    for key, passes, scheme in climbed(options.skip, target_of(device)):
         say(f"planning {LABELS[key]}")
-        plan, seconds = _planned(model, passes, device)
+        plan, seconds = _planned(model, passes, scheme, device)
         seat = Planned(plan, weights, options.tokens)
         ways.append(Way(key, seat, seat.velocity, 0, seconds))
     return ways
 
 
-def _planned(model: DiT, passes: tuple[Pass, ...], device: torch.device) -> tuple[Plan, float]:
+def _planned(
+    model: DiT, passes: tuple[Pass, ...], scheme: Scheme | None, device: torch.device
+) -> tuple[Plan, float]:  # fmt: skip
     start = time.perf_counter()
-    return plan_velocity(model, device, False, passes, cache=False), time.perf_counter() - start
+    plan = plan_velocity(model, device, False, passes, cache=False, scheme=scheme)
+    return plan, time.perf_counter() - start
 
 
 def _turn(

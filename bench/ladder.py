@@ -26,6 +26,7 @@ from horsepower.bench.report import Cell, Figure, Paragraph, Report, Table
 from horsepower.bench.step import Tokens, inputs
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.kernels.native_library import ISAS
+from horsepower.quant.scheme import FP8, FP8_WEIGHTS, Scheme
 from horsepower.runtime.compiled import Compiled
 from horsepower.runtime.foal import generate
 from horsepower.runtime.fused import compile_velocity
@@ -44,7 +45,10 @@ LABELS = {
     "plan": "plan without fusion",
     **{each.__name__: f"+ {each.__name__}" for each in FUSIONS},
 }
-LABELS[FUSIONS[-1].__name__] += " (all)"
+ALL = FUSIONS[-1].__name__
+LABELS[ALL] += " (all)"
+SCHEMES = (FP8_WEIGHTS, FP8)
+LABELS |= {scheme.name: f"all, {scheme.name}" for scheme in SCHEMES}
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class Options:
         )
 
 
-QUICK: dict[str, Any] = {"rounds": 5, "skip": tuple(LABELS)[1:-1]}  # options: eager and the whole plan
+# Options: eager and the whole plan.
+QUICK: dict[str, Any] = {"rounds": 5, "skip": tuple(key for key in LABELS if key not in ("eager", ALL))}
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,9 @@ def measure(options: Options, say: Say = lambda _: None) -> list[list[Rung]]:
     _warm_compilers(options)
     with torch.no_grad():
         plans: dict[str, Compiled] = {}
-        for key, passes in climbed(options.skip):
+        for key, passes, scheme in climbed(options.skip, "cpu"):
             say(f"compiling {LABELS[key]}")
-            plans[key] = compile_velocity(model, passes, cache=False)
+            plans[key] = compile_velocity(model, passes, cache=False, scheme=scheme)
         return [list(_measure(model, plans, tokens, options, say)) for tokens in options.tokens]
 
 
@@ -175,11 +180,14 @@ def _call(run: Velocity, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: run(*inputs)
 
 
-def climbed(skip: Sequence[str]) -> Iterator[tuple[str, tuple[Pass, ...]]]:
-    """Each plan's key and its passes: all that are no fusion, and one fusion more each time."""
+def climbed(skip: Sequence[str], target: str) -> Iterator[tuple[str, tuple[Pass, ...], Scheme | None]]:
+    """Each plan's key and passes: all that are no fusion, and one fusion more each time; then under each scheme."""
     for i, key in enumerate(("plan", *(each.__name__ for each in FUSIONS))):
         if key not in skip:
-            yield key, tuple(each for each in PASSES if each not in FUSIONS[i:])
+            yield key, tuple(each for each in PASSES if each not in FUSIONS[i:]), None
+    for scheme in SCHEMES:
+        if target in scheme.targets and scheme.name not in skip:
+            yield scheme.name, PASSES, scheme
 
 
 def _whole(model: DiT) -> Velocity:

@@ -12,13 +12,13 @@ from horsepower.graph.passes.fuse_activation import fuse_activation
 from horsepower.graph.passes.fuse_add_norm import fuse_add_norm
 from horsepower.graph.passes.fuse_gate import fuse_gate
 from horsepower.graph.passes.fuse_qkv import fuse_qkv
-from horsepower.graph.passes.fuse_quantiser import fuse_quantiser
 from horsepower.graph.passes.hoist import hoist
 from horsepower.graph.passes.lower import lower
 from horsepower.graph.passes.pad_mlp import pad_mlp
 from horsepower.graph.passes.pad_qkv import pad_qkv
 from horsepower.graph.passes.pair_rope import pair_rope
 from horsepower.graph.passes.quantise import quantise
+from horsepower.graph.passes.quantise_in_producer import quantise_in_producer
 from horsepower.graph.passes.raise_activation import raise_activation
 from horsepower.graph.passes.raise_attention import raise_attention
 from horsepower.graph.passes.raise_layer_norm import raise_layer_norm
@@ -50,7 +50,7 @@ PASSES: tuple[Pass, ...] = (
     pair_rope,
     pad_qkv,
     quantise,
-    fuse_quantiser,
+    quantise_in_producer,
     lower,
 )
 

@@ -5,14 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from horsepower.bench import full, step
-from horsepower.bench.ladder import LABELS
+from horsepower.bench.ladder import QUICK
 from horsepower.bench.report import Report
 from horsepower.bench.step import Tokens
 from horsepower.kernels.target import target_of
 from horsepower.predicting import tokens_of, unmeasured, variant_of
 from horsepower.runtime.devices import indexed
-
-QUICK = tuple(LABELS)[1:-1]  # all rungs but eager and the whole plan
 
 
 def measure_full(
@@ -31,7 +29,7 @@ def measure_full(
     """
     tokens, variant = tokens or tokens_of(resolution), variant_of(resolution)
     options = full.Options(
-        tokens, full.Options.rounds if rounds is None else rounds, (*skip, *(QUICK if quick else ()))
+        tokens, full.Options.rounds if rounds is None else rounds, (*skip, *(QUICK["skip"] if quick else ()))
     )
     if device is None and not torch.cuda.is_available():
         return unmeasured(resolution, tokens, "this machine has no GPU")

@@ -18,7 +18,7 @@ from models import TINY
 
 CPU = torch.device("cpu")
 META = DiT(replace(TINY, hidden_size=128, head_dim=32), device="meta")
-PLANS = ("plan", "fuse_gate", "fuse_qkv", "fuse_activation")
+PLANS = ("plan", "fuse_gate", "fuse_qkv", "fuse_activation", "fp8-weights")
 QUICK = Options(Tokens(12, 5, 4, 2), rounds=3, skip=("regional", *PLANS[1:]))
 
 

@@ -35,7 +35,7 @@ def calls(plan, *names):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_layer_is_quantised_and_every_input_where_it_is_made(name):
     model = random_model(replace(CONFIG, **VARIANTS[name]))
-    plan = run(model, "fp8", expect={"quantise": 12, "fuse_quantiser": 12}).plan
+    plan = run(model, "fp8", expect={"quantise": 12, "quantise_in_producer": 12}).plan
     assert not calls(plan, "quantise")
     assert [call.target for call in plan.loads].count("horsepower.quantise.default") == 12
     kept = {site.refused for site in plan.sites if site.rewrite == "quantise" and site.refused}
@@ -44,7 +44,7 @@ def test_every_layer_is_quantised_and_every_input_where_it_is_made(name):
 
 def test_weights_alone():
     plan = run(random_model(CONFIG), "fp8-weights", "cpu", {"quantise": 12}).plan
-    assert not any(site.rewrite == "fuse_quantiser" for site in plan.sites)
+    assert not any(site.rewrite == "quantise_in_producer" for site in plan.sites)
     assert not calls(plan, "quantise")
     bf16 = run(random_model(CONFIG), None, "cpu").plan
     scales = 4 * sum(p.shape[0] for m in DiT(CONFIG).modules() if isinstance(m, DiTLinear) for p in m.parameters())
@@ -179,7 +179,7 @@ def sites(module, x, scheme="fp8", target="sm_90"):
 def test_an_input_that_nobody_quantises_is_quantised_apart_and_it_is_said_why():
     x = torch.randn(6, 32, dtype=torch.bfloat16)
     found, plan = sites(Tail(lambda self, x: x.relu()), x)
-    assert found == [("quantise", None), ("fuse_quantiser", "aten.relu.default has no kernel that quantises")]
+    assert found == [("quantise", None), ("quantise_in_producer", "aten.relu.default has no kernel that quantises")]
     assert len(calls(plan, "quantise")) == 1
 
 
@@ -195,7 +195,7 @@ def test_an_input_that_others_read_is_quantised_apart():
             return made, self.seen.sum()
 
     found, plan = sites(Both(body), torch.randn(6, 32, dtype=torch.bfloat16))
-    assert found[1] == ("fuse_quantiser", "aten.sum.default reads its input too")
+    assert found[1] == ("quantise_in_producer", "aten.sum.default reads its input too")
     assert len(calls(plan, "quantise")) == 1
 
 

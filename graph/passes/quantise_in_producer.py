@@ -28,7 +28,7 @@ ACTIVATIONS = (ops.activation.default, ops.linear_activation.default)
 NORMS = (ops.rms_norm.default, ops.rms_norm_quantise.default, *SUMS, *SUMS.values())
 
 
-def fuse_quantiser(graph: Graph) -> None:
+def quantise_in_producer(graph: Graph) -> None:
     fixed = graph.fixed()
     for node in list(graph.nodes.nodes):
         if node.target is not QUANTISE or node in fixed:
@@ -37,7 +37,7 @@ def fuse_quantiser(graph: Graph) -> None:
         others = [user for value in (root, *views) for user in value.users if user is not node and user not in views]
         reason = f"{others[0].target} reads its input too" if others else _fuse(graph, node, root, views)
         if reason:
-            graph.refuse("fuse_quantiser", node, reason)
+            graph.refuse("quantise_in_producer", node, reason)
 
 
 def _source(x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -83,7 +83,7 @@ def _fuse(graph: Graph, node: fx.Node, root: fx.Node, views: list[fx.Node]) -> s
         _statically(graph, node, new, views, bound)
     else:
         return f"{producer.target} has no kernel that quantises"
-    graph.take("fuse_quantiser", new)
+    graph.take("quantise_in_producer", new)
     return None
 
 
