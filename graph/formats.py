@@ -40,7 +40,7 @@ def _formats(graph: Graph) -> Iterator[Format]:
         block = block_of(layer)
         scales = quantiser = kept = ""
         if dtype_of(weight) != E4M3:
-            kept = _kept(graph, layer)
+            kept = _kept(graph, layer, dtype_of(weight))
         elif dtype_of(x) == E4M3:
             scales, quantiser = _input(node, x)
         names = (_name(dtype_of(weight)), _name(dtype_of(x)))
@@ -53,11 +53,11 @@ def _parameter(weight: fx.Node) -> str:
     return str(weight.target)
 
 
-def _kept(graph: Graph, layer: str) -> str:
+def _kept(graph: Graph, layer: str, dtype: torch.dtype) -> str:
     if graph.scheme is None:
         return ""
     pattern = graph.scheme.keeps(layer)
-    return f"kept: {pattern}" if pattern else "refused, or not meant to be quantised"
+    return f"kept: {pattern}" if pattern else f"its weight is {_name(dtype)}"
 
 
 def _input(node: fx.Node, x: fx.Node) -> tuple[str, str]:

@@ -24,6 +24,7 @@ class Scheme:
     inputs: Literal["token", "tensor"] | None = None
     keep: tuple[str, ...] = ()  # patterns (`block.layers.0.*`) of layers that stay as they are
     largest: tuple[tuple[str, float], ...] = ()  # layer, largest input when it was calibrated, for scales of all tokens
+    recipe: Literal["current", "block", "delayed"] | None = None  # Transformer Engine's, in the place of a plan
 
     def keeps(self, layer: str) -> str | None:
         """The pattern under which a layer stays as it is; None if it is quantised. layer: its path in the model."""
@@ -65,7 +66,16 @@ FP8_TENSOR = Scheme(
     inputs="tensor",
 )
 FP8_WEIGHTS = Scheme("fp8-weights", "e4m3 weights by output channel, 16-bit products", targets=TARGETS)
-SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_TENSOR, FP8_WEIGHTS)}
+TE = Scheme(
+    "te",
+    "Transformer Engine's linear layers in the model as it is written, scales from each tensor as it comes",
+    targets=("sm_90",),
+    recipe="current",
+)
+TE_BLOCK = replace(
+    TE, name="te-block", says="Transformer Engine's linear layers, a scale a block of 128", recipe="block"
+)
+SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK)}
 
 
 def scheme_of(given: "str | Scheme | None") -> Scheme | None:

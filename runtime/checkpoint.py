@@ -6,7 +6,7 @@ Nothing here reads a pickle. What does not fit is a ValueError that names the fi
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,12 +172,21 @@ def load(
     fill(module, Tensors(module, weights, device, rename, defaults), device)
 
 
-def fill(module: nn.Module, values: Mapping[str, Tensor], device: torch.device | str, prefix: str = "") -> None:
+def fill(
+    module: nn.Module,
+    values: Mapping[str, Tensor],
+    device: torch.device | str,
+    prefix: str = "",
+    skip: Sequence[str] = (),
+) -> None:
     """Give a module, which may stand on the meta device, values on a device, one by one.
 
-    values: by the names of its parameters and buffers, with a prefix.
+    values: by the names of its parameters and buffers, with a prefix. skip: submodules that have theirs.
     """
+    own = tuple(f"{path}." for path in skip)
     for name, old in [*module.named_parameters(), *module.named_buffers()]:
+        if name.startswith(own):
+            continue
         owner_name, _, leaf = name.rpartition(".")
         new = values[prefix + name].to(device)
         setattr(

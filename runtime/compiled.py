@@ -198,6 +198,8 @@ def planned(
     chosen = scheme_of(scheme)
     if chosen is not None:
         chosen.check(target)
+        if chosen.recipe:
+            raise ValueError(f"scheme: got {chosen.name}, which no plan has, allowed: with an Engine in mode eager")
     key = _key(module, *inputs, dynamic_shapes, method, only, target, chosen) if cache else None
     plan = find(key, pytree.tree_structure(inputs)) if key else None
     found = plan is not None

@@ -37,7 +37,7 @@ from horsepower.runtime.presets import ModelName, Sizes, sizes
 from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, structured_prompt
 from horsepower.runtime.request import Cancelled, Progress, Request, Result
 from horsepower.runtime.sampling import Noise, SeededNoise
-from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder, eager_dit
+from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder, eager_dit, te_dit
 from horsepower.runtime.tokens import AUDIO_CHANNELS, FPS, PATCH, VIDEO_CHANNELS, Grid
 from horsepower.runtime.watch import Watch
 
@@ -99,13 +99,15 @@ class Engine:
             fused on a CPU and on GPUs that there are kernels for, of capability 8.0 and newer.
         strict: a fusion that the model family expects and that does not happen is an error that says where; otherwise
             the model runs with those that did.
-        scheme: "fp8" (Hopper) or "fp8-weights": linear layers in eight bits, quantised while they are loaded.
+        scheme: linear layers in eight bits, quantised while they are loaded: "fp8" (Hopper), "fp8-weights"; "te" and
+            "te-block" (Hopper, mode "eager") by Transformer Engine.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
         Raises ValueError naming what is missing or wrong.
         """
         chosen = _device(device)
-        mode, notes = _mode(mode, chosen)
-        scheme = _scheme(scheme, mode, chosen, dtype)
+        scheme = scheme_of(scheme)
+        mode, notes = _mode("eager" if mode is None and scheme is not None and scheme.recipe else mode, chosen)
+        _check_scheme(scheme, mode, chosen, dtype)
         dtype = torch.bfloat16 if scheme is not None else _dtype(dtype, chosen)
         source = _open(folder, chosen, dtype)
         there = [name for name in ("distill", "base") if name in source.models()]
@@ -289,6 +291,8 @@ class Engine:
         return self._dits[name]
 
     def _eager(self, name: ModelName) -> DiT:
+        if self.scheme is not None:
+            return te_dit(self._source, name, self.device, self.dtype, self.scheme)
         return eager_dit(self._source, name, self.device, self.dtype)
 
     def _fused(self, name: ModelName) -> FusedDiT:
@@ -364,15 +368,16 @@ def _mode(mode: str | None, device: torch.device) -> tuple[str, tuple[str, ...]]
     return mode or MODES[0], ()
 
 
-def _scheme(given: str | Scheme | None, mode: str, device: torch.device, dtype: torch.dtype | None) -> Scheme | None:
-    """Raises ValueError for a scheme that cannot be had here."""
-    if (scheme := scheme_of(given)) is None:
-        return None
-    if mode != "fused":
-        raise ValueError(f"scheme: got {scheme.name} with mode {mode}, allowed: None; plans alone are quantised")
+def _check_scheme(scheme: Scheme | None, mode: str, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a scheme that cannot be had here."""
+    if scheme is None:
+        return
+    allowed = "eager" if scheme.recipe else "fused"
+    if mode != allowed:
+        raise ValueError(f"scheme: got {scheme.name} with mode {mode}, allowed: with mode {allowed}")
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"scheme: got {scheme.name} with {dtype}, allowed: with torch.bfloat16")
-    return scheme.check(target_of(device))
+    scheme.check(target_of(device))
 
 
 def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from horsepower.quant import transformer_engine
+from horsepower.quant.scheme import Scheme
 from horsepower.runtime.checkpoint import fill
 from horsepower.runtime.models import audio_vae
-from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.models.dit import DiT, Linear
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.models.text import TextEncoder
 from horsepower.runtime.presets import ModelName
@@ -74,6 +76,18 @@ class Source(Protocol):
         ...
 
     def audio_codec(self) -> AudioCodec: ...
+
+
+def te_dit(source: Source, name: ModelName, device: torch.device, dtype: torch.dtype, scheme: Scheme) -> DiT:
+    """A DiT as it is written, with Transformer Engine's linear layers in its blocks.
+
+    Weights are streamed: of those that are quantised one is on the device at a time as it was. Raises ValueError where
+    the package is not there.
+    """
+    model, weights = DiT(source.config(name), dtype, "meta"), source.weights(name)
+    taken = transformer_engine.convert(model, Linear, lambda path: weights[f"{path}.weight"].to(device), scheme)
+    fill(model, weights, device, skip=tuple(taken))
+    return model.eval()
 
 
 def eager_dit(source: Source, name: ModelName, device: torch.device, dtype: torch.dtype) -> DiT:

@@ -70,7 +70,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--preset", default="foal", choices=("foal",), help="built-in model (default: %(default)s)")
     where.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints")
     parser.add_argument("--mode", choices=("fused", "eager"), help="how models run (default: fused on a CPU)")
-    parser.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8 (Hopper), fp8-weights")
+    parser.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8, te (Hopper), fp8-weights")
     parser.add_argument("--variant", choices=("distill", "base"), help="model of that folder (default: distill)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     parser.add_argument(

@@ -23,9 +23,9 @@ PACKAGES = (
     ("transformers", "the released models' text encoder", "only the preset foal runs"),
     ("av", "mp4 out, sound in", "clips cannot be saved, sound cannot be given"),
     ("pillow", "images in", "no image can be given"),
-    ("triton", "fused GPU kernels; no kernel needs it yet", "no kernel needs it yet"),
-    ("flash-attn", "faster GPU attention; not used yet", "torch's own attention is used"),
-    ("transformer-engine", "FP8 on Hopper; not used yet", "not used yet"),
+    ("triton", "fused GPU kernels", "no fused kernels on a GPU"),
+    ("flash-attn", "a candidate for GPU attention", "our own and torch's attention are the candidates"),
+    ("transformer-engine", "the schemes te and te-block on Hopper", "only horsepower's own schemes of eight bits"),
     ("nvidia-ml-py", "power and clocks of a GPU in `horsepower profile`", "profiles do without power and clocks"),
 )
 

@@ -1,0 +1,52 @@
+"""What is said of each linear layer is what its calls do."""
+
+from dataclasses import replace
+
+from horsepower.graph import passes
+from horsepower.graph.capture import capture
+from horsepower.graph.formats import formats
+from horsepower.graph.passes import PASSES
+from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS
+from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
+from models import TINY, random_model
+
+WHOLE = [each for each in PASSES if each.__name__ != "lower"]
+CONFIG = replace(TINY, hidden_size=128, head_dim=32)
+LAYERS = ("attention.linear_qkv", "attention.linear_proj", "mlp.up_gate_proj", "mlp.down_proj")
+
+
+def found(scheme, target="sm_90", only=WHOLE):
+    model = random_model(CONFIG)
+    captured = capture(model, velocity_example(model), None, VELOCITY_SHAPES, "velocity")
+    return formats(passes.run(replace(captured, target=target, scheme=scheme), only))
+
+
+def of_block(each, block=1):
+    return {one.layer: one for one in each if one.block == f"block.layers.{block}"}
+
+
+def test_inputs_are_quantised_by_what_makes_them():
+    each = of_block(found(FP8.keeping(["*.1.mlp.up_gate_proj"])))
+    assert tuple(each) == LAYERS
+    said = [(each[name].weight, each[name].input, each[name].scales, each[name].quantiser) for name in LAYERS]
+    assert said == [
+        ("e4m3", "e4m3", "by token", "linear_add_rms_norm_quantise"),
+        ("e4m3", "e4m3", "static", "attention"),
+        ("bfloat16", "bfloat16", "", ""),
+        ("e4m3", "e4m3", "static", "linear_activation"),
+    ]
+    assert each["mlp.up_gate_proj"].kept == "kept: *.1.mlp.up_gate_proj"
+
+
+def test_what_the_cpu_computes_is_read_off_the_lowered_graph():
+    each = found(FP8_WEIGHTS, "cpu", PASSES)
+    assert {(one.weight, one.input, one.call) for one in each if one.block} == {("e4m3", "bfloat16", "linear")}
+    assert {one.layer for one in each if not one.block} >= {"final_linear_video", "adapter.video_embedder"}
+    assert all(one.weight == "float32" and one.kept for one in each if not one.block)
+
+
+def test_calibrated_scales_and_no_scheme():
+    names = [f"block.layers.{i}.{layer}" for i in range(3) for layer in LAYERS]
+    each = of_block(found(FP8_TENSOR.calibrated(dict.fromkeys(names, 1.0))))
+    assert {(one.input, one.scales, one.quantiser) for one in each.values()} == {("e4m3", "static", "to_codes")}
+    assert not any(one.kept for one in found(None))
