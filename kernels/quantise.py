@@ -21,7 +21,8 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = widen(x)
     largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
     largest = largest.clamp(min=LEAST)
-    return codes_of(wide, LARGEST / largest), largest / LARGEST
+    inverse = torch.full_like(largest, LARGEST) / largest  # a number over a tensor is a product with its reciprocal
+    return codes_of(wide, inverse), largest / LARGEST
 
 
 def cost(x: Tensor) -> Cost:
