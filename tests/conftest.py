@@ -8,9 +8,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-    from interpreter import use_exact_bfloat16
+    from interpreter import use_exact_narrow_floats
 
-    use_exact_bfloat16()
+    use_exact_narrow_floats()
 
 
 @pytest.fixture(scope="session", autouse=True)
