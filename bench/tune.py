@@ -108,7 +108,7 @@ def measure(job: Job, arch: str, timer: Timer, device: str = "cuda") -> Point:
     exact, plain = (_truth(op, inputs, rows, dtype) for dtype in (torch.float64, None))
     runs: dict[Candidate, Run] = {}
     failed: dict[Candidate, str] = {}
-    ways = candidates(op, arch)
+    ways = candidates(op, arch, inputs)
     for way in ways:
         run = _runner(op, way, arch, inputs, outputs)
         try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from horsepower.kernels.rates import GPU, OF_TARGET, Unit, unit_of_product
 from horsepower.kernels.registry import Op, parts_of
-from horsepower.kernels.tables import PARTS, Candidate, Point, configs, measured
+from horsepower.kernels.tables import PARTS, Candidate, Point, configs, form_of, measured
 
 TOKENS = 4096  # where a plan decides what it computes whole: a clip of 256p and 5 seconds has as many
 
@@ -41,12 +41,16 @@ class Work:
     bytes: int
 
 
-def candidates(op: Op, arch: str) -> tuple[Candidate, ...]:
-    """Every way to compute an operator on a GPU of this architecture, in the order in which they are predicted."""
+def candidates(op: Op, arch: str, inputs: Sequence[Any] | None = None) -> tuple[Candidate, ...]:
+    """Every way to compute an operator on a GPU of this architecture, in the order in which they are predicted.
+
+    inputs: for those of their form only, see `tables.form_of`.
+    """
+    form = None if inputs is None else form_of(inputs)
     found: list[Candidate] = []
     for kernel in op.kernels:
         if kernel.name == "triton":
-            found += [Candidate("triton", config) for config in configs(op.name, arch)]
+            found += [Candidate("triton", config) for config in configs(op.name, arch, form)]
         elif "cuda" in kernel.devices:
             found.append(Candidate(kernel.name))
     return (*found, Candidate(PARTS)) if op.expand and found else tuple(found)
@@ -64,7 +68,7 @@ def choose(op: Op, inputs: Sequence[Any], target: str, whole: bool = False) -> C
     kernel = op.kernel(*inputs)
     if kernel is None:
         return None
-    config = next(iter(configs(op.name, target))) if kernel.name == "triton" else None
+    config = next(iter(configs(op.name, target, form_of(inputs)))) if kernel.name == "triton" else None
     if op.expand is None:
         why = f"the first that is there of {', '.join(kernels)}" if len(kernels) > 1 else "the only kernel"
         return Choice(Candidate(kernel.name, config), "predicted", why)

@@ -14,6 +14,7 @@ import torch
 
 import horsepower.kernels.ops  # noqa: F401  (every operator is registered now)
 from horsepower.kernels.registry import OPS
+from horsepower.kernels.tables import configs, form_of
 from horsepower.kernels.target import GPUS
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def _compiled(arch: str, name: str) -> Iterator[Gated]:
 
     op, twin = OPS[name], import_module(f"horsepower.kernels.gpu.{name}")
     for example, inputs in twin.examples():
-        for config in twin.CONFIGS[arch]:
+        form = form_of(inputs)
+        for config in configs(name, arch, form).values():
             workspace = torch.empty(op.workspace(["cuda"], *inputs), dtype=torch.uint8, device="meta")
             run = partial(twin.run, op.outputs(*inputs), workspace, *inputs, config=config)
             try:
@@ -78,5 +80,5 @@ def _compiled(arch: str, name: str) -> Iterator[Gated]:
                 continue
             for kernel in kernels:
                 code = machine_code(kernel)
-                faults = tuple(code.faults(arch, twin.CLAIMS[arch]))
+                faults = tuple(code.faults(arch, twin.CLAIMS[arch][kernel.metadata.name], form))
                 yield Gated(name, example, str(config), kernel.metadata.name, code, faults)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.target import target_of
 
 if TYPE_CHECKING:
@@ -151,9 +152,18 @@ def tuned_config(op: "Op", inputs: Sequence[Any]) -> Any:
 
 
 @cache
-def configs(op: str, arch: str) -> Mapping[str, Any]:
-    """The configurations of an operator's Triton kernel by their text, the default first."""
-    return {str(config): config for config in import_module(f"horsepower.kernels.gpu.{op}").CONFIGS[arch]}
+def configs(op: str, arch: str, form: str | None = None) -> Mapping[str, Any]:
+    """The configurations of an operator's Triton kernel by their text, the default first: all, or those of a form."""
+    found = import_module(f"horsepower.kernels.gpu.{op}").CONFIGS[arch]
+    return {str(config): config for config in found if form in (None, config.form)}
+
+
+def form_of(inputs: Sequence[Any]) -> str:
+    """What a matrix product is of: "fp8", both operands in e4m3; "w8a16", the weight alone; "" for anything else."""
+    weight = inputs[1] if len(inputs) > 1 else None
+    if not isinstance(weight, Tensor) or weight.dtype != E4M3:
+        return ""
+    return "fp8" if inputs[0].dtype == E4M3 else "w8a16"
 
 
 def _arch_of(inputs: Sequence[Any]) -> str | None:

@@ -46,7 +46,7 @@ def activation_kernel(
 
 # predicted: four 16-byte loads in flight a thread, at 32 registers, which leave room for every thread that fits
 CONFIGS = {arch: (Config(warps=4, constants={"TILE": 4096}),) for arch in GPUS}
-CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128", "STG.E.128|STG.E.64"))
+CLAIMS = {arch: {"activation_kernel": ("LDG.E.128", "STG.E.128|STG.E.64")} for arch in GPUS}
 
 
 def supports(u: Tensor, kind: str, dtype: torch.dtype) -> str | None:

@@ -38,7 +38,7 @@ def add_rms_norm_kernel(
 # predicted. Eight warps cut 5120 columns into five accesses a thread that leave no lane idle, in 40 registers (64
 # with a post-norm): six rows a multiprocessor. Four warps spill at 16384 columns, sixteen idle at 5120.
 CONFIGS = {arch: (Config(warps=8, constants={"TILE": 4096}),) for arch in GPUS}
-CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128", "STG.E.128"))
+CLAIMS = {arch: {"add_rms_norm_kernel": ("LDG.E.128", "STG.E.128")} for arch in GPUS}
 
 
 def supports(

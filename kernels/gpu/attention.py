@@ -150,7 +150,10 @@ CONFIGS = {
 }
 PADDED = {"sm_80": _config(128, 32, 8, 3, 0), "sm_90": _config(128, 64, 8, 3, 0)}  # heads below 128, no power of two
 WIDE = {"sm_80": _config(64, 32, 8, 2, 0), "sm_90": _config(128, 32, 8, 2, 1)}  # heads above 128
-CLAIMS = {"sm_80": ("HMMA", "LDGSTS", "MUFU.EX2"), "sm_90": ("HGMMA", "UTMALDG", "MUFU.EX2")}
+CLAIMS = {
+    "sm_80": {"attention_kernel": ("HMMA", "LDGSTS", "MUFU.EX2")},
+    "sm_90": {"attention_kernel": ("HGMMA", "UTMALDG", "MUFU.EX2")},
+}
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: object) -> str | None:

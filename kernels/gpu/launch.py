@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from horsepower.kernels.tables import form_of
 from horsepower.kernels.target import target_of
 
 SMS = {"sm_80": 108, "sm_90": 132}  # of an A100 and an H100 (SXM)
@@ -22,10 +23,11 @@ class Config:
     warps: int
     stages: int = 1
     constants: Mapping[str, int] = field(default_factory=dict)
+    form: str = ""  # of the operands that it is for, see `tables.form_of`
 
     def __str__(self) -> str:
         cut = " ".join(f"{name}={value}" for name, value in self.constants.items())
-        return f"{cut} warps={self.warps} stages={self.stages}".strip()
+        return f"{self.form} {cut} warps={self.warps} stages={self.stages}".strip()
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ def _device(index: int) -> Place:
     return Place(target_of(device), torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def default(configs: Mapping[str, Sequence[Config]], x: Tensor) -> Config:
-    """The default configuration where x lies."""
-    return configs[place_of(x).arch][0]
+def default(configs: Mapping[str, Sequence[Config]], *inputs: Any) -> Config:
+    """The default configuration for inputs of their form, where the first of them lies."""
+    form = form_of(inputs)
+    return next(config for config in configs[place_of(inputs[0]).arch] if config.form == form)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:

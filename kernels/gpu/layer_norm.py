@@ -33,7 +33,8 @@ def layer_norm_kernel(
 
 
 CONFIGS = {arch: (Config(warps=8, constants={"TILE": 4096}),) for arch in GPUS}  # predicted, as of add_rms_norm
-CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128", "STG.E.128|STG.E.64"))  # 64: bfloat16 from float32
+# 64: bfloat16 from float32
+CLAIMS = {arch: {"layer_norm_kernel": ("LDG.E.128", "STG.E.128|STG.E.64")} for arch in GPUS}
 
 
 def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> str | None:

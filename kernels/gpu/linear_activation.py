@@ -13,6 +13,7 @@ from horsepower.kernels.gpu.tiles import (
     ROWS,
     launch_tiles,
     product,
+    product_claims,
     refuses,
     row_tiles,
     store,
@@ -72,7 +73,7 @@ CONFIGS = {
         Config(4, 4, {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0}),
     ),
 }
-CLAIMS = {"sm_90": ("HGMMA", "UTMALDG"), "sm_80": ("HMMA", "LDGSTS")}
+CLAIMS = product_claims("linear_activation_kernel")
 
 
 def supports(

@@ -20,6 +20,7 @@ from horsepower.kernels.gpu.tiles import (
     launch_tiles,
     pitched,
     product,
+    product_claims,
     refuses,
     row_tiles,
     store,
@@ -119,8 +120,7 @@ CONFIGS = {
         Config(8, 4, {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0, "PARTS": 4}),
     ),
 }
-# the norm, told by its MUFU.RSQ, has no products
-CLAIMS = {"sm_90": ("HGMMA|MUFU.RSQ", "UTMALDG|MUFU.RSQ"), "sm_80": ("HMMA|MUFU.RSQ", "LDGSTS|MUFU.RSQ")}
+CLAIMS = product_claims("linear_add_kernel", norm_kernel=("MUFU.RSQ",))
 
 
 def supports(

@@ -19,6 +19,7 @@ from horsepower.kernels.gpu.tiles import (
     launch_tiles,
     pitched,
     product,
+    product_claims,
     refuses,
     row_tiles,
     store,
@@ -91,7 +92,7 @@ CONFIGS = {
         Config(8, 4, {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0}),
     ),
 }
-CLAIMS = {"sm_90": ("HGMMA", "UTMALDG"), "sm_80": ("HMMA", "LDGSTS")}
+CLAIMS = product_claims("linear_qk_norm_rope_kernel")
 
 
 def supports(

@@ -30,21 +30,34 @@ class MachineCode:
         """Instructions whose name is one of these, or begins with one and a dot."""
         return sum(each.startswith(tuple(f"{name}." for name in names)) or each in names for each in self.instructions)
 
-    def faults(self, arch: str, claims: Sequence[str] = ()) -> list[str]:
-        """Why a kernel may not be shipped; `claims` are instructions that must be there, alternatives by `|`."""
+    def faults(self, arch: str, claims: Sequence[str] = (), form: str = "") -> list[str]:
+        """Why a kernel may not be shipped; `claims` are instructions that must be there, alternatives by `|`.
+
+        form: of its operands, see `tables.form_of`; in FP8, QGMMA takes the place of HGMMA.
+        """
         found = list(self.warnings)
         if self.shared > SHARED_LIMIT[arch]:
             found.append(f"{self.shared} bytes of shared memory, allowed: {SHARED_LIMIT[arch]}")
         if self.stack or self.spilled or self.count("STL", "LDL"):
             found.append(f"spills: {self.stack} bytes of stack, {self.count('STL', 'LDL')} local loads and stores")
+        claims = [claim.replace("HGMMA", "QGMMA") if form == "fp8" else claim for claim in claims]
         found += [f"no {claim}" for claim in claims if not self.count(*claim.split("|"))]
         if arch == "sm_90":
-            products, waits = self.count("HGMMA", "QGMMA"), self.count("WARPGROUP.DEPBAR")
+            products, waits = self._products()
             if products and self.count("HMMA"):
                 found.append("some products do without wgmma")
-            if products and waits >= products:
-                found.append(f"serialised wgmma: {waits} waits for {products} products")
+            if 2 * (waits + 1) > products > 1:
+                found.append(f"serialised wgmma: {waits} waits between {products} products")
         return found
+
+    def _products(self) -> tuple[int, int]:
+        """How many wgmma there are, and waits between the first and the last of them.
+
+        FP8 waits for every four, whose sums are added up in float32: those of 32 products each.
+        """
+        order = [name[1] for name in self.instructions if name.startswith(("HGMMA.", "QGMMA.", "WARPGROUP.DEPBAR"))]
+        kinds = "".join("w" if letter == "A" else "p" for letter in order)
+        return kinds.count("p"), kinds.strip("w").count("w")
 
 
 def machine_code(kernel: Any) -> MachineCode:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from horsepower.kernels.gpu.launch import Config, default, launch
 from horsepower.kernels.modality import first_rows
+from horsepower.kernels.target import GPUS
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def qk_norm_rope_kernel(
 
 
 CONFIGS = {arch: (Config(4, 1, {"HEADS": 8}), Config(4, 1, {"HEADS": 16})) for arch in ("sm_80", "sm_90")}
-CLAIMS = dict.fromkeys(("sm_80", "sm_90"), ("LDG.E.128", "STG.E.128|STG.E.64"))
+CLAIMS = {arch: {"qk_norm_rope_kernel": ("LDG.E.128", "STG.E.128|STG.E.64")} for arch in GPUS}
 
 
 def supports(

@@ -32,7 +32,8 @@ def silu_mul_kernel(
 
 # predicted: four 16-byte loads in flight a thread, at 32 registers, which leave room for every thread that fits
 CONFIGS = {arch: (Config(warps=4, constants={"TILE": 2048}),) for arch in GPUS}
-CLAIMS = dict.fromkeys(GPUS, ("LDG.E.128|LDG.E.64", "STG.E.128|STG.E.64"))  # 64: where rows are not better aligned
+# 64: where rows are not better aligned
+CLAIMS = {arch: {"silu_mul_kernel": ("LDG.E.128|LDG.E.64", "STG.E.128|STG.E.64")} for arch in GPUS}
 
 
 def supports(gate: Tensor, up: Tensor, dtype: torch.dtype) -> str | None:

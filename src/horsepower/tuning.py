@@ -119,7 +119,12 @@ def chosen(jobs: Sequence[Job], arch: str, whole: bool = False) -> Table:
 def _ways(jobs: Sequence[Job], arch: str) -> Table:
     ops = {job.op.name: job.op for job in jobs}
     rows = tuple((name, way.kernel, way.config) for name, op in ops.items() for way in candidates(op, arch))
-    return Table("Candidates", ("op", "kernel", "configuration"), rows, "At every site of the operator.")
+    return Table(
+        "Candidates",
+        ("op", "kernel", "configuration"),
+        rows,
+        "At every site of the operator; what begins with fp8 or w8a16, where operands are.",
+    )
 
 
 def _measured(done: Sequence[tuple[Job, Point]]) -> Table:

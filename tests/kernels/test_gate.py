@@ -25,8 +25,8 @@ GOOD = MachineCode(168, 180_000, 0, 0, ("UTMALDG.2D", "HGMMA.64x256x16.F32.BF16"
         ({"instructions": ("UTMALDG.2D", "HMMA.16816.F32.BF16")}, "no HGMMA|QGMMA"),
         ({"instructions": (*GOOD.instructions, "HMMA.16816.F32.BF16")}, "some products do without wgmma"),
         (
-            {"instructions": (*GOOD.instructions, *2 * ("WARPGROUP.DEPBAR.LE",))},
-            "serialised wgmma: 2 waits for 2 products",
+            {"instructions": (*GOOD.instructions, "WARPGROUP.DEPBAR.LE", GOOD.instructions[-1], "WARPGROUP.DEPBAR.LE")},
+            "serialised wgmma: 1 waits between 3 products",
         ),
         ({"warnings": ("Potential Performance Loss",)}, "Potential Performance Loss"),
     ],
@@ -35,6 +35,16 @@ def test_each_fault_is_named(change, fault):
     claims = ("HGMMA|QGMMA", "UTMALDG")
     assert GOOD.faults("sm_90", claims) == []
     assert replace(GOOD, **change).faults("sm_90", claims) == [fault]
+
+
+def test_fp8_has_a_product_of_its_own():
+    """And waits for each four of 32 values, to add their sums up in float32."""
+    four, wait = ("QGMMA.64x128x32.F32.E4M3.E4M3",) * 4, ("WARPGROUP.DEPBAR.LE",)
+    claims = ("HGMMA", "UTMALDG")
+    assert GOOD.faults("sm_90", claims, "fp8") == ["no QGMMA"]
+    fp8 = replace(GOOD, instructions=("UTMALDG.2D", *four, *wait, *four, *wait, *wait))
+    assert fp8.faults("sm_90", claims, "fp8") == []
+    assert fp8.faults("sm_90", claims) == ["no HGMMA"]
 
 
 def test_less_shared_memory_on_sm_80():
@@ -63,7 +73,7 @@ from horsepower.kernels.gpu.launch import Config
 
 tiles = {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "TMA": 1}
 linear.CONFIGS = {"sm_90": (Config(4, 3, tiles), Config(8, 4, {**tiles, "BK": 128}), Config(8, 3, {**tiles, "BN": 96}))}
-linear.CLAIMS = {"sm_90": ("QGMMA",)}
+linear.CLAIMS = {"sm_90": {"linear_kernel": ("QGMMA",)}}
 print(json.dumps([each.faults for each in _gate("sm_90", "linear")[:3]]))
 """
 

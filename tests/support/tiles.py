@@ -3,9 +3,11 @@
 import torch
 
 from gpu import DEVICE
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.gpu.launch import Config
+from horsepower.kernels.quantise import QUANTISE
 
-F16, F32 = torch.float16, torch.float32
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def config(tma, rows=16, columns=16, depth=16, **more):
@@ -14,6 +16,7 @@ def config(tma, rows=16, columns=16, depth=16, **more):
 
 
 BOTH = [config(1), config(0)]
+FP8 = [config(1, depth=32), config(1, depth=32, MORE=16)]
 
 
 def normal(*shape, dtype=F16, seed=1):
@@ -24,3 +27,12 @@ def normal(*shape, dtype=F16, seed=1):
     padded = torch.full((shape[0], -(-shape[1] // 8) * 8 + 8), torch.nan, dtype=dtype, device=DEVICE)
     padded[:, : shape[1]] = values
     return padded[:, : shape[1]]
+
+
+def codes(*shape, seed=1):
+    """Rows of all sizes in e4m3, padded with NaN to a pitch of 16 bytes, and their scales."""
+    sizes = normal(shape[0], 1, dtype=F32, seed=seed + 1).exp2()
+    made, scales = QUANTISE.reference(normal(*shape, dtype=F32, seed=seed) * sizes)
+    padded = torch.full((shape[0], -(-shape[1] // 16) * 16 + 16), 0x7F, dtype=torch.uint8, device=DEVICE).view(E4M3)
+    padded[:, : shape[1]] = made
+    return padded[:, : shape[1]], scales
