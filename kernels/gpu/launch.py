@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.tables import form_of
 from horsepower.kernels.target import target_of
 
@@ -65,6 +66,11 @@ def place_of(x: Tensor) -> Place:
 def _device(index: int) -> Place:
     device = torch.device("cuda", index)
     return Place(target_of(device), torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def writes_no_codes(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why nothing can be written in `dtype` where x lies, or None."""
+    return "sm_80 writes no FP8" if dtype == E4M3 and x.is_cuda and place_of(x).arch == "sm_80" else None
 
 
 def default(configs: Mapping[str, Sequence[Config]], *inputs: Any) -> Config:

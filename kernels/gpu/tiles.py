@@ -164,12 +164,12 @@ def scaled(acc, x_scale, weight_scale, row, end, b_row, b_end, BM: tl.constexpr,
 
 
 @triton.constexpr_function
-def flat(dtype, tma, more):
+def flat(dtype, tma, more, experts):
     """Whether the loop over tiles and that over K are flattened into one, so that the next tile is fetched meanwhile.
 
-    Two products of 16 bits would be serialised.
+    Two products of 16 bits would be serialised; two of FP8 leave no registers to find the expert of the next tile.
     """
-    return tma > 0 and (more == 0 or dtype == tl.float8e4nv)
+    return tma > 0 and (more == 0 or (dtype == tl.float8e4nv and experts == 1))
 
 
 @triton.jit
@@ -255,11 +255,13 @@ def descriptor(x: Tensor, rows: int, columns: int) -> Any:
 def writable(out: Tensor, experts: int, config: Config, columns: int) -> tuple[Any, int, int]:
     """`out`, its pitch and STORE, as `store` takes them for tiles of so many columns.
 
-    STORE is 0 for a descriptor, which cannot stop at the end of a modality's rows. Otherwise the pitch comes in STORE
+    STORE is 0 for a descriptor, which cannot stop at the end of a modality's rows, and whose copy of codes in shared
+    memory would be written byte by byte. Otherwise the pitch comes in STORE
     elements: Triton has no other way to know how wide a row's stores may be. Wider rows than 512 bytes go in halves,
     for which shared memory has room.
     """
-    if config.constants["TMA"] and experts == 1 and out.numel() and pitched(out):
+    described = config.constants["TMA"] and experts == 1 and out.itemsize > 1
+    if described and out.numel() and pitched(out):
         width = columns // 2 if columns * out.itemsize > 512 else columns
         return descriptor(out, config.constants["BM"], width), 0, 0
     unit = gcd(out.stride(0), max(8, 16 // out.itemsize))

@@ -9,6 +9,7 @@ from torch import Tensor
 from exactness import check_exactness
 from horsepower.kernels.gpu.launch import Config
 from horsepower.kernels.registry import Op
+from horsepower.kernels.tables import arguments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,8 +24,7 @@ def check(op: Op, twin: ModuleType, *inputs: Any, config: Config | None = None) 
     for output in outputs:
         output.fill_(torch.nan)
     twin.run(outputs, workspace(op, *inputs), *inputs, config=config)
-    wide = [_wide(value) for value in inputs]
-    for got, eager, exact in zip(outputs, op.reference(*inputs), op.reference(*wide), strict=True):
+    for got, eager, exact in zip(outputs, op.reference(*inputs), op.reference(*widened(op, *inputs)), strict=True):
         check_exactness(got, eager, exact)
     return outputs
 
@@ -34,6 +34,14 @@ def workspace(op: Op, *inputs: Any) -> Tensor | None:
     kernel = next(each for each in op.kernels if each.name == "triton")
     size = kernel.workspace(*inputs) if kernel.workspace else 0
     return torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) if size else None
+
+
+def widened(op: Op, *inputs: Any) -> list[Any]:
+    """The inputs in float64, codes times their scales."""
+    named = dict(zip(arguments(op.schema), inputs, strict=False))
+    scales = {name: named.pop(f"{name}_scale", None) for name in ("x", "weight")}
+    wide = {name: _wide(value) for name, value in named.items()}
+    return list((wide | {name: wide[name] * scale for name, scale in scales.items() if scale is not None}).values())
 
 
 def _wide(value: Any) -> Any:

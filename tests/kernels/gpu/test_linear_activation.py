@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from tiles import BOTH, F16, F32, config, normal
+from tiles import BF16, BOTH, F16, F32, FP8, codes, config, normal
 
-from gpu import DEVICE, check
+from exactness import check_codes
+from gpu import DEVICE, check, widened
+from horsepower.kernels.activation import FP8_GAINS
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.gpu import linear_activation
 from horsepower.kernels.linear_activation import LINEAR_ACTIVATION
 
@@ -75,3 +78,64 @@ def test_what_the_kernel_does_not_take():
 def test_wide_tiles_of_float32_are_stored_in_halves(tma):
     arguments = inputs(19, 24, 300, "silu", dtype=F32)
     check(LINEAR_ACTIVATION, linear_activation, *arguments, config=config(tma, columns=256))
+
+
+def of_codes(rows, depth, columns, kind="swiglu7", experts=1, counts=(), dtype=BF16, x_dtype=E4M3):
+    """All arguments of the op, with e4m3 weights; values of u as far out as the activations' limits."""
+    weight, weight_scale = codes(experts * columns, depth, seed=2)
+    x, x_scale = codes(rows, depth) if x_dtype is E4M3 else (normal(rows, depth), None)
+    return [x, weight, experts, list(counts), kind, dtype, x_scale, weight_scale]
+
+
+def check_code_outputs(arguments, config):
+    outputs = LINEAR_ACTIVATION.outputs(*arguments)
+    outputs[0].view(torch.uint8).fill_(0x7F)
+    linear_activation.run(outputs, None, *arguments, config=config)
+    exact = LINEAR_ACTIVATION.reference(*widened(LINEAR_ACTIVATION, *arguments))[0]
+    check_codes(outputs[0], exact * FP8_GAINS[arguments[4]])
+
+
+@pytest.mark.parametrize("config", FP8, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_codes(config, kind):
+    check(LINEAR_ACTIVATION, linear_activation, *of_codes(37, 40, 46, kind), config=config)
+    check(LINEAR_ACTIVATION, linear_activation, *of_codes(20, 33, 34, kind, 3, (11, 1, 8)), config=config)
+
+
+@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("experts", [1, 3])
+def test_weights_alone_as_codes(config, experts):
+    arguments = of_codes(20, 36, 34, "swiglu7", experts, (11, 1, 8), F16, F16)
+    check(LINEAR_ACTIVATION, linear_activation, *arguments, config=config)
+
+
+@pytest.mark.parametrize("config", [*FP8, BOTH[0]], ids=str)
+@pytest.mark.parametrize("kind", FP8_GAINS)
+@pytest.mark.parametrize(("experts", "counts"), [(1, ()), (3, (11, 0, 26)), (3, (0, 0, 0))])
+def test_results_leave_as_codes(config, kind, experts, counts):
+    x_dtype = E4M3 if config in FP8 else F16
+    rows = sum(counts) if experts == 3 else 37
+    check_code_outputs(of_codes(rows, 40, 46, kind, experts, counts, E4M3, x_dtype), config)
+
+
+def test_the_largest_result_is_the_largest_code():
+    """And what is not a number stays so; codes of other kinds are not bounded."""
+    x, weight, *rest = of_codes(6, 32, 32, dtype=E4M3)
+    weight = torch.full_like(x[:1].expand(32, 32).float(), 2.0).to(E4M3)
+    x = torch.full((6, 32), 448.0, device=DEVICE).to(E4M3)
+    x[2] = torch.full((32,), torch.nan).to(E4M3)
+    outputs = LINEAR_ACTIVATION.outputs(x, weight, *rest)
+    linear_activation.run(outputs, None, x, weight, *rest[:-2], None, torch.ones(32, 1, device=DEVICE), config=FP8[0])
+    assert torch.equal(outputs[0].float().isnan().any(dim=1), torch.arange(6, device=DEVICE) == 2)
+    assert (outputs[0].float()[[0, 1, 3, 4, 5]] == 448).all()
+
+
+def test_strided_codes_and_a_padded_result():
+    x, weight, *rest = of_codes(19, 64, 42, dtype=E4M3)
+    x, weight = x[:, 16:48], weight[:, 16:48]
+    out = torch.full((19, 48), 0x7F, dtype=torch.uint8, device=DEVICE).view(E4M3)
+    linear_activation.run((out[:, :21],), None, x, weight, *rest, config=FP8[0])
+    (want,) = LINEAR_ACTIVATION.outputs(x, weight, *rest)
+    linear_activation.run((want,), None, x, weight, *rest, config=FP8[1])
+    assert torch.equal(out[:, :21].float(), want.float())
+    assert out[:, 21:].float().isnan().all()
