@@ -55,15 +55,15 @@ def activated(u, KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def finish(
-    acc, x_scale, weight_scale, row, end, b_row, b_end, out, out_pitch, column, columns, KIND: tl.constexpr,
+    acc, x_scale, weight_scale, row, end, b_row, b_end, out, out_pitch, column, N: tl.constexpr, KIND: tl.constexpr,
     GAIN: tl.constexpr, STORE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Scale, activate and write sums [BM, BN] whose first column is `column`, in e4m3 times GAIN."""
+    """Scale, activate and write sums [BM, BN] of N columns, from the result's column `column` on, times GAIN."""
     HALVES: tl.constexpr = 2 if KIND == "swiglu7" else 1
     values = activated(scaled(acc, x_scale, weight_scale, row, end, b_row, b_end, BM, BN), KIND, BM, BN)
     if GAIN != 1:
         values *= GAIN
-    store(out, out_pitch, row, end, column // HALVES, columns // HALVES, values, BM, BN // HALVES, STORE)
+    store(out, out_pitch, row, end, column, N // HALVES, values, BM, BN // HALVES, STORE)
 
 
 @triton.jit(do_not_specialize=ROWS)
@@ -75,11 +75,12 @@ def linear_activation_kernel(
 ):  # fmt: skip
     WIDTH: tl.constexpr = BN + MORE
     FLAT: tl.constexpr = flat(a.dtype, TMA, MORE, EXPERTS)
+    HALVES: tl.constexpr = 2 if KIND == "swiglu7" else 1
     columns = tl.cdiv(N, WIDTH)
     tiles = row_tiles(second, third, L, EXPERTS, BM) * columns
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
         row, end, expert, n = tile_at(tile, columns, second, third, L, EXPERTS, BM, GROUP)
-        b_row, b_end, column = expert * N + n * WIDTH, expert * N + N, n * WIDTH
+        b_row, b_end, column = expert * N + n * WIDTH, expert * N + N, n * (WIDTH // HALVES)
         if MORE:
             acc, more = two_products(a, b, b_more, row, b_row, K, BM, BN, MORE, BK)
         else:
@@ -89,8 +90,8 @@ def linear_activation_kernel(
         )  # fmt: skip
         if MORE:
             finish(
-                more, x_scale, weight_scale, row, end, b_row + BN, b_end, out_more, out_pitch, column + BN, N, KIND,
-                GAIN, STORE, BM, MORE,
+                more, x_scale, weight_scale, row, end, b_row + BN, b_end, out_more, out_pitch,
+                column + BN // HALVES, N, KIND, GAIN, STORE, BM, MORE,
             )  # fmt: skip
 
 
