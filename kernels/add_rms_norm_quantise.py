@@ -10,6 +10,7 @@ from torch import Tensor
 from horsepower.kernels.add_rms_norm import outputs as norm_outputs
 from horsepower.kernels.quantise import outputs as quantise_outputs
 from horsepower.kernels.registry import fused, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor residual, Tensor branch, Tensor? post_gain, Tensor gain, SymInt[] counts, float eps) "
@@ -35,4 +36,6 @@ def expand(
     return call(getitem, both, 0), call(getitem, quantised, 0), call(getitem, quantised, 1)
 
 
-ADD_RMS_NORM_QUANTISE = register(fused("add_rms_norm_quantise", SCHEMA, outputs, expand))
+ADD_RMS_NORM_QUANTISE = register(
+    fused("add_rms_norm_quantise", SCHEMA, outputs, expand, kernels=(triton_kernel("add_rms_norm_quantise"),))
+)

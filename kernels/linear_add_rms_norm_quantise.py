@@ -10,6 +10,7 @@ from torch import Tensor
 from horsepower.kernels.add_rms_norm_quantise import outputs as add_outputs
 from horsepower.kernels.linear import outputs as linear_outputs
 from horsepower.kernels.registry import fused, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = (
     "(Tensor x, Tensor weight, int experts, Tensor residual, Tensor? post_gain, Tensor gain, SymInt[] counts, "
@@ -37,4 +38,17 @@ def expand(
     return call(getitem, made, 0), call(getitem, made, 1), call(getitem, made, 2)
 
 
-LINEAR_ADD_RMS_NORM_QUANTISE = register(fused("linear_add_rms_norm_quantise", SCHEMA, outputs, expand))
+def rereads(*inputs: Any) -> int:
+    """Bytes of the norm, which follows in a launch of its own: it reads the sum, and writes codes and scales."""
+    return sum(x.numel() * x.itemsize for x in outputs(*inputs))
+
+
+LINEAR_ADD_RMS_NORM_QUANTISE = register(
+    fused(
+        "linear_add_rms_norm_quantise",
+        SCHEMA,
+        outputs,
+        expand,
+        kernels=(triton_kernel("linear_add_rms_norm_quantise", rereads=rereads),),
+    )
+)

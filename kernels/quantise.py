@@ -5,6 +5,7 @@ from torch import Tensor
 
 from horsepower.kernels.float8 import E4M3, LARGEST, LEAST, codes_of, widen
 from horsepower.kernels.registry import Cost, Op, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor x) -> (Tensor, Tensor)"
 
@@ -30,4 +31,4 @@ def cost(x: Tensor) -> Cost:
     return Cost(flops=2 * x.numel(), bytes=x.numel() * (x.itemsize + 1) + 4 * x.shape[0])
 
 
-QUANTISE = register(Op("quantise", SCHEMA, outputs, reference, cost))
+QUANTISE = register(Op("quantise", SCHEMA, outputs, reference, cost, kernels=(triton_kernel("quantise"),)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from horsepower.kernels.quantise import outputs as quantise_outputs
 from horsepower.kernels.registry import fused, register
 from horsepower.kernels.rms_norm import outputs as norm_outputs
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor x, Tensor? gain, int experts, SymInt[] counts, float eps) -> (Tensor, Tensor)"
 
@@ -27,4 +28,6 @@ def expand(call: Callable[..., Any], x: Any, gain: Any, experts: int, counts: An
     return call(getitem, quantised, 0), call(getitem, quantised, 1)
 
 
-RMS_NORM_QUANTISE = register(fused("rms_norm_quantise", SCHEMA, outputs, expand))
+RMS_NORM_QUANTISE = register(
+    fused("rms_norm_quantise", SCHEMA, outputs, expand, kernels=(triton_kernel("rms_norm_quantise"),))
+)

@@ -8,19 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from horsepower.kernels.gpu.launch import Config, default, launch
+from horsepower.kernels.gpu.launch import Config, default, launch, writes_no_codes
 from horsepower.kernels.gpu.rows import WIDEST, gain_of, places, refuses, step, tile
 from horsepower.kernels.modality import first_rows
 from horsepower.kernels.target import GPUS
 
 
-@triton.jit(do_not_specialize=["residual_steps", "branch_steps", "second", "third", "L"])
-def add_rms_norm_kernel(
-    residual, branch, post_gain, gain, total, normed, residual_steps, branch_steps, second, third, L, eps,
-    POST_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+@triton.jit
+def added_and_normed(
+    residual, branch, post_gain, gain, total, residual_steps, branch_steps, row, column, second, third, L, eps,
+    POST_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    row, column = places(ROWS, BLOCK, VECTOR)
+    """Write the sum of the rows; returns it normed, in float32."""
     inside = (row < L) & (column < C)
     b = tl.load(branch + row * branch_steps * STEP + column, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(residual + row * residual_steps * STEP + column, mask=inside, other=0.0).to(tl.float32)
@@ -31,8 +30,21 @@ def add_rms_norm_kernel(
     tl.store(total + row * C + column, v, mask=inside)
     v = v.to(tl.float32)
     v *= tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / C + eps)
-    v *= gain_of(gain, row, column, inside, second, third, C, EXPERTS)
-    tl.store(normed + row * C + column, v.to(normed.dtype.element_ty), mask=inside)
+    return v * gain_of(gain, row, column, inside, second, third, C, EXPERTS)
+
+
+@triton.jit(do_not_specialize=["residual_steps", "branch_steps", "second", "third", "L"])
+def add_rms_norm_kernel(
+    residual, branch, post_gain, gain, total, normed, residual_steps, branch_steps, second, third, L, eps,
+    POST_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, STEP: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row, column = places(ROWS, BLOCK, VECTOR)
+    v = added_and_normed(
+        residual, branch, post_gain, gain, total, residual_steps, branch_steps, row, column, second, third, L, eps,
+        POST_EXPERTS, EXPERTS, STEP, C,
+    )  # fmt: skip
+    tl.store(normed + row * C + column, v.to(normed.dtype.element_ty), mask=(row < L) & (column < C))
 
 
 # predicted. Eight warps cut 5120 columns into five accesses a thread that leave no lane idle, in 40 registers (64
@@ -48,7 +60,9 @@ def supports(
     """Why the kernel cannot take these inputs, or None."""
     if residual.shape[1] > WIDEST:
         return "a row does not fit into registers"
-    return "float64" if dtype == torch.float64 else refuses(residual, branch, post_gain, gain)
+    if dtype == torch.float64:
+        return "float64"
+    return writes_no_codes(residual, dtype) or refuses(residual, branch, post_gain, gain)
 
 
 def run(

@@ -235,7 +235,7 @@ def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         )
         residual, gain = torch.empty(4300, 5120, device="meta"), torch.empty(experts * 5120, device="meta")
         inputs = (x, weight, experts, residual, None, gain, counts, 1e-6, torch.bfloat16)
-        yield f"{width} x 5120, {experts} experts", inputs
+        yield f"{width} x 5120, {experts} experts", (*inputs, None, None)
     for form in ("fp8", "w8a16"):
         for experts, width in ((1, 5120), (1, 13696), (3, 20480)):
             x, weight, *scales = codes(form, width, experts * 5120)

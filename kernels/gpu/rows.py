@@ -42,6 +42,27 @@ def gain_of(gain, row, column, inside, second, third, C: tl.constexpr, EXPERTS: 
     return own
 
 
+@triton.jit
+def quantised(v):
+    """Rows v [ROWS, BLOCK] of float32, zero outside, as e4m3 codes and scales [ROWS, 1], bit for bit as `quantise`.
+
+    Magnitudes are compared as integers: that is one instruction for a warp, and a NaN is the largest. The cast, of
+    the hardware, saturates.
+    """
+    LEAST: tl.constexpr = 27 << 23  # the bits of 2^-100
+    bits = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True)
+    largest = tl.maximum(bits, LEAST).to(tl.float32, bitcast=True)
+    return (v * tl.div_rn(448.0, largest)).to(tl.float8e4nv), tl.div_rn(largest, 448.0)
+
+
+@triton.jit
+def store_codes(codes, scales, row, column, L, C: tl.constexpr, v):
+    """Quantise and write rows v [ROWS, BLOCK]."""
+    made, scale = quantised(v)
+    tl.store(codes + row * C + column, made, mask=(row < L) & (column < C))
+    tl.store(scales + row, scale, mask=row < L)
+
+
 def refuses(*tensors: Tensor | None) -> str | None:
     """Why the row kernels cannot walk these tensors, or None."""
     for x in tensors:

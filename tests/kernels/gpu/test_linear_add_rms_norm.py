@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiles import F16, F32, config, normal
+from tiles import BF16, F16, F32, codes, config, normal
 
 from gpu import DEVICE, check, workspace
 from horsepower.kernels.gpu import linear_add_rms_norm
@@ -74,6 +74,26 @@ def test_strided_rows_and_padded_results(config):
     for one, other, whole in zip(out, want, memory, strict=True):
         assert torch.equal(one, other)
         assert whole[:, 132:].isnan().all()
+
+
+FP8 = [config(1, columns=128, depth=32, PARTS=2, **more) for more in ({}, {"MORE": 64}, {"MORE": 128})]
+
+
+@pytest.mark.parametrize("config", FP8, ids=str)
+@pytest.mark.parametrize(("experts", "columns"), [(1, 300), (3, 196)])
+def test_products_of_codes(config, experts, columns):
+    _, _, *rest = inputs(19, 40, columns, experts, (5, 3, 11), experts, dtype=BF16)
+    (x, x_scale), (weight, weight_scale) = codes(19, 40), codes(experts * columns, 40, seed=2)
+    check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, x, weight, *rest, x_scale, weight_scale, config=config)
+    check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, x, weight, *rest, None, weight_scale, config=config)
+
+
+@pytest.mark.parametrize("config", BOTH, ids=str)
+@pytest.mark.parametrize("experts", [1, 3])
+def test_weights_alone_as_codes(config, experts):
+    x, _, *rest = inputs(19, 40, 132, experts, (5, 3, 11), experts)
+    weight, weight_scale = codes(experts * 132, 40, seed=2)
+    check(LINEAR_ADD_RMS_NORM, linear_add_rms_norm, x, weight, *rest, None, weight_scale, config=config)
 
 
 def test_a_norm_of_the_branch_is_left_to_the_parts():
