@@ -73,7 +73,8 @@ class Engine:
     ):
         self._source, self.model, self.device, self.dtype, self.mode = source, model, device, dtype, mode
         self.scheme = scheme
-        self._strict, self._notes = strict, (*source.notes, *notes)
+        eight = () if scheme is None else (f"scheme: {scheme.name}, {scheme.says}",)
+        self._strict, self._notes = strict, (*source.notes, *notes, *eight)
         self._plans: dict[ModelName, tuple[DiT, Plan]] = {}
         self._dits: dict[ModelName, DiT | FusedDiT] = {}
         self._lock = threading.Lock()
