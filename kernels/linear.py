@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from horsepower import _native
 from horsepower.kernels.float8 import E4M3, arithmetic
-from horsepower.kernels.modality import by_modality, check_experts
+from horsepower.kernels.modality import by_modality, check_experts, first_rows
+from horsepower.kernels.native_library import FLOATS, ISAS, pitch, refuses, threads
 from horsepower.kernels.registry import Cost, Kernel, Op, register
 from horsepower.kernels.sizes import differ
 from horsepower.kernels.triton_library import triton_kernel
@@ -116,6 +118,61 @@ def scaled(
         torch._scaled_mm(rows, own.t(), scale_a=by[0], scale_b=by[1], out_dtype=out[0].dtype, out=part)
 
 
+def native_supports(
+    x: Tensor, weight: Tensor, experts: int, counts: Sequence[int], x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    """Why the C++ kernel cannot take these inputs, or None."""
+    if weight_scale is None:
+        return "the weight is not quantised"
+    if x.dtype not in FLOATS:
+        return "x is neither float32 nor bfloat16"
+    if not x.shape[-1]:
+        return "x has no columns"
+    if pitch(x) is None:
+        return "its rows are not equally far apart"
+    return refuses(x, weight) or (None if weight_scale.is_contiguous() else "the scales are not contiguous")
+
+
+def native_workspace(x: Tensor, weight: Tensor, *_: object, isa: str = ISAS[0]) -> int:
+    """Bytes for the weights of some outputs, decoded by each thread."""
+    if weight.dtype != E4M3 or x.dtype not in FLOATS:
+        return 0
+    return _native.linear_workspace(isa, x.shape[-1], x.dtype == torch.bfloat16, threads(_work(x, weight)))
+
+
+def _work(x: Tensor, weight: Tensor) -> int:
+    """In elements as long as those that are merely read: 4 codes each, or 16 multiplications."""
+    return max(weight.numel() // 4, x.numel() * weight.shape[0] // 16)
+
+
+def native(
+    out: tuple[Tensor, ...], workspace: Tensor, x: Tensor, weight: Tensor, experts: int, counts: Sequence[int],
+    x_scale: None, weight_scale: Tensor, isa: str = ISAS[0],
+) -> None:  # fmt: skip
+    """C++ in the widest instruction set of this CPU; rows may be strided; bfloat16 products where the CPU has them."""
+    rows = x.numel() // x.shape[-1]
+    second, third = first_rows(experts == 3, counts, rows)
+    _native.linear(
+        isa,
+        x.data_ptr(),
+        weight.data_ptr(),
+        weight_scale.data_ptr(),
+        out[0].data_ptr(),
+        workspace.data_ptr(),
+        pitch(x) or 0,
+        weight.stride(0),
+        pitch(out[0]) or 0,
+        rows,
+        x.shape[-1],
+        out[0].shape[-1],
+        second,
+        third,
+        x.dtype == torch.bfloat16,
+        threads(_work(x, weight)),
+    )
+
+
 def _parts(
     experts: int, counts: Sequence[int], tokens: tuple[Tensor, ...], weights: tuple[Tensor, ...]
 ) -> list[tuple[Tensor, ...]]:
@@ -146,6 +203,7 @@ LINEAR = register(
         cost,
         kernels=(
             Kernel("library", library_supports, library, devices=("cpu", "cuda")),
+            Kernel("native", native_supports, native, native_workspace),
             Kernel("scaled_mm", scaled_supports, scaled, devices=("cuda",)),
             triton_kernel("linear"),
         ),

@@ -108,6 +108,23 @@ void attention(const std::string& isa, uintptr_t q, uintptr_t k, uintptr_t v, ui
                  threads});
 }
 
+int64_t linear_workspace(const std::string& isa, int64_t depth, bool bf16, int threads) {
+  horsepower::Linear sizes{};
+  sizes.depth = depth;
+  sizes.bf16 = bf16;
+  sizes.threads = threads;
+  return require(isa).linear_workspace(sizes);
+}
+
+void linear(const std::string& isa, uintptr_t x, uintptr_t codes, uintptr_t scales, uintptr_t out, uintptr_t workspace,
+            int64_t x_pitch, int64_t codes_pitch, int64_t out_pitch, int64_t rows, int64_t depth, int64_t width,
+            int64_t second, int64_t third, bool bf16, int threads) {
+  const auto& ops = require(isa);
+  nb::gil_scoped_release release;
+  ops.linear({at<const void>(x), at<const uint8_t>(codes), at<const float>(scales), at<void>(out), at<void>(workspace),
+              x_pitch, codes_pitch, out_pitch, rows, depth, width, {second, third}, bf16, threads});
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -138,4 +155,9 @@ NB_MODULE(_native, m) {
         "q_head"_a, "k_pitch"_a, "k_head"_a, "v_pitch"_a, "v_head"_a, "gate_pitch"_a, "second"_a, "third"_a,
         "ranges"_a, "keys"_a, "heads"_a, "kv_heads"_a, "dim"_a, "bf16"_a, "gate_bf16"_a, "threads"_a,
         "See horsepower.kernels.attention. Addresses; pitches in elements; six numbers a range.");
+  m.def("linear_workspace", &linear_workspace, "isa"_a, "depth"_a, "bf16"_a, "threads"_a,
+        "Bytes of scratch memory that linear needs.");
+  m.def("linear", &linear, "isa"_a, "x"_a, "codes"_a, "scales"_a, "out"_a, "workspace"_a, "x_pitch"_a, "codes_pitch"_a,
+        "out_pitch"_a, "rows"_a, "depth"_a, "width"_a, "second"_a, "third"_a, "bf16"_a, "threads"_a,
+        "See horsepower.kernels.linear. Addresses; pitches in elements.");
 }

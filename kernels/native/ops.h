@@ -92,6 +92,19 @@ struct Attention {
   int threads;
 };
 
+struct Linear {
+  const void* x;         // [rows, depth], rows x_pitch apart; bf16 or float
+  const uint8_t* codes;  // e4m3 weights [experts * width, depth], rows codes_pitch apart
+  const float* scales;   // [experts * width]
+  void* out;             // [rows, width], rows out_pitch apart; in x's type
+  void* workspace;       // as many bytes as linear_workspace says, at a multiple of 64
+  int64_t x_pitch, codes_pitch, out_pitch;
+  int64_t rows, depth, width;
+  int64_t first_rows[2];  // where the second and the third expert's rows begin; `rows` when there is one expert
+  bool bf16;
+  int threads;
+};
+
 struct Ops {
   void (*add_rms_norm)(const AddRmsNorm&);
   void (*activation)(const Activation&);
@@ -101,6 +114,8 @@ struct Ops {
   void (*rms_norm)(const RmsNorm&);
   void (*layer_norm)(const LayerNorm&);
   void (*silu_mul)(const SiluMul&);
+  int64_t (*linear_workspace)(const Linear&);  // reads only depth, bf16 and threads
+  void (*linear)(const Linear&);
 };
 
 const Ops& portable_ops();

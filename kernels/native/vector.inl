@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "bf16.inl"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -76,6 +78,22 @@ inline float sum(Floats x) {
 #endif
 }
 
+// The sums of four vectors.
+inline void sum_each(const Floats* x, float* out) {
+#if defined(__AVX512F__)
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const __m512 a = halves(x[0], x[1]), b = halves(x[2], x[3]);
+  __m512 quarters = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  quarters = _mm512_add_ps(quarters, _mm512_permute_ps(quarters, 0xb1));
+  quarters = _mm512_add_ps(quarters, _mm512_permute_ps(quarters, 0x4e));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, quarters)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
+#endif
+}
+
 // 2^x for x <= 0: NaN stays NaN, and all below -127 is exactly 0 because the polynomial is exactly 1 at 0.
 // Relative error 3e-6 with 4 terms, below float32's rounding with 6.
 template <int terms>
@@ -106,6 +124,13 @@ struct FloatUnits {
   static constexpr int DEPTH = 1, EXP_TERMS = 6;
   static Floats multiply_add(Floats sum, Floats x, Floats y) { return sum + x * y; }
 
+  // One unit of a row in all lanes; uint32_t is a unit that is packed already.
+  template <typename T>
+  static Floats unit(const T* row, int64_t u) {
+    return broadcast(widen(row[u]));
+  }
+  static Floats unit(const uint32_t* row, int64_t u) { return broadcast(row[u]); }
+
   // Two vectors of values to units at `to`; returns how many units.
   static int pack(Floats first, Floats second, uint32_t* to) {
     store(first, to);
@@ -123,6 +148,13 @@ struct PairUnits {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
   }
 
+  static Floats unit(const uint32_t* row, int64_t u) { return broadcast(row[u]); }
+  static Floats unit(const uint16_t* row, int64_t u) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, row + 2 * u, sizeof pair);
+    return broadcast(pair);
+  }
+
   static int pack(Floats first, Floats second, uint32_t* to) {
     store(reinterpret_cast<Floats>(_mm512_cvtne2ps_pbh(second, first)), to);
     return LANES;
@@ -130,27 +162,31 @@ struct PairUnits {
 };
 #endif
 
-// c[TILE_ROWS, vectors] (+)= a[TILE_ROWS, units] b[units, vectors]; pitches in units and floats.
-// c is added at the end: sums of sums round less than one long sum.
-template <typename Units, int vectors>
-inline void multiply_tile(const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch, int64_t units,
-                          float* c, int64_t c_pitch, bool accumulate) {
-  Floats total[TILE_ROWS][vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < TILE_ROWS; ++r)
-#pragma GCC unroll 8
-    for (int n = 0; n < vectors; ++n) total[r][n] = Floats{};
+// total[rows, vectors] += a[rows, units] b[units, vectors]; pitches in values of a and in units of b.
+template <typename Units, int rows, int vectors, typename T>
+inline __attribute__((always_inline)) void add_products(const T* a, int64_t a_pitch, const uint32_t* b,
+                                                        int64_t b_pitch, int64_t units,
+                                                        Floats (&total)[rows][vectors]) {
   for (int64_t u = 0; u < units; ++u) {
     Floats y[vectors];
 #pragma GCC unroll 8
     for (int n = 0; n < vectors; ++n) y[n] = load(b + u * b_pitch + n * LANES);
 #pragma GCC unroll 8
-    for (int r = 0; r < TILE_ROWS; ++r) {
-      const Floats x = broadcast(a[r * a_pitch + u]);
+    for (int r = 0; r < rows; ++r) {
+      const Floats x = Units::unit(a + r * a_pitch, u);
 #pragma GCC unroll 8
       for (int n = 0; n < vectors; ++n) total[r][n] = Units::multiply_add(total[r][n], x, y[n]);
     }
   }
+}
+
+// c[TILE_ROWS, vectors] (+)= a[TILE_ROWS, units] b[units, vectors]; pitches in units and floats.
+// c is added at the end: sums of sums round less than one long sum.
+template <typename Units, int vectors>
+inline void multiply_tile(const uint32_t* a, int64_t a_pitch, const uint32_t* b, int64_t b_pitch, int64_t units,
+                          float* c, int64_t c_pitch, bool accumulate) {
+  Floats total[TILE_ROWS][vectors] = {};
+  add_products<Units>(a, a_pitch, b, b_pitch, units, total);
 #pragma GCC unroll 8
   for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 8

@@ -143,3 +143,26 @@ def attention(
     threads: int,
 ) -> None:
     """See horsepower.kernels.attention. Addresses; pitches in elements; six numbers a range."""
+
+def linear_workspace(isa: str, depth: int, bf16: bool, threads: int) -> int:
+    """Bytes of scratch memory that linear needs."""
+
+def linear(
+    isa: str,
+    x: int,
+    codes: int,
+    scales: int,
+    out: int,
+    workspace: int,
+    x_pitch: int,
+    codes_pitch: int,
+    out_pitch: int,
+    rows: int,
+    depth: int,
+    width: int,
+    second: int,
+    third: int,
+    bf16: bool,
+    threads: int,
+) -> None:
+    """See horsepower.kernels.linear. Addresses; pitches in elements."""
