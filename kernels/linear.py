@@ -134,16 +134,16 @@ def native_supports(
     return refuses(x, weight) or (None if weight_scale.is_contiguous() else "the scales are not contiguous")
 
 
-def native_workspace(x: Tensor, weight: Tensor, *_: object, isa: str = ISAS[0]) -> int:
+def native_workspace(x: Tensor, weight: Tensor, experts: int, *_: object, isa: str = ISAS[0]) -> int:
     """Bytes for the weights of some outputs, decoded by each thread."""
     if weight.dtype != E4M3 or x.dtype not in FLOATS:
         return 0
-    return _native.linear_workspace(isa, x.shape[-1], x.dtype == torch.bfloat16, threads(_work(x, weight)))
+    return _native.linear_workspace(isa, x.shape[-1], x.dtype == torch.bfloat16, threads(_work(x, weight, experts)))
 
 
-def _work(x: Tensor, weight: Tensor) -> int:
-    """In elements as long as those that are merely read: 4 codes each, or 16 multiplications."""
-    return max(weight.numel() // 4, x.numel() * weight.shape[0] // 16)
+def _work(x: Tensor, weight: Tensor, experts: int) -> int:
+    """In elements as long as those that other kernels read: 32 codes that are decoded, or 64 multiplications."""
+    return max(weight.numel() // 32, x.numel() * weight.shape[0] // (64 * experts))
 
 
 def native(
@@ -169,7 +169,7 @@ def native(
         second,
         third,
         x.dtype == torch.bfloat16,
-        threads(_work(x, weight)),
+        threads(_work(x, weight, experts)),
     )
 
 

@@ -9,10 +9,7 @@ namespace {
 
 // The values of LANES codes. In integers: a denormal float on the way would be lost where the host flushes them.
 inline Floats widen_codes(const uint8_t* from) {
-  typedef uint8_t Codes __attribute__((vector_size(LANES)));
-  Codes codes;
-  __builtin_memcpy(&codes, from, sizeof codes);
-  const Ints c = __builtin_convertvector(codes, Ints);
+  const Ints c = load_ints(from);
   const Ints denormal = (c & 0x78) == 0, nan = (c & 0x7f) == 0x7f;
   // Without an exponent, m / 8 x 2^-6 is (1 + m / 8) x 2^-6 - 2^-6.
   const Ints bits = ((c & 0x7f) << 20) + (120 << 23) + (denormal & (1 << 23));

@@ -25,26 +25,29 @@ int64_t panel_units(const Linear& a) {
   return (a.depth + 63) / 64 * (64 / Units::DEPTH) * TILE_WIDTH;
 }
 
-// How weights are decoded; x of type T.
+// How weights are decoded.
+// decode: `outputs` rows of codes to units, [units of depth][TILE_WIDTH]; what lies beyond either is zero.
+// add_dots: STEP codes of some outputs with as many values of some rows.
 template <typename Units>
 struct Decoder;
 
 template <>
 struct Decoder<FloatUnits> {
-  static constexpr int STEP = LANES;  // of codes that meet STEP values of a row of x
+  static constexpr int STEP = LANES;
 
-  // [depth][TILE_WIDTH] from `outputs` rows of codes; what lies beyond them is zero.
   static void decode(const uint8_t* codes, int64_t pitch, int64_t depth, int64_t outputs, uint32_t* panel) {
-    for (int64_t i = 0; i < depth; i += LANES) {
-      const int64_t left = depth - i < LANES ? depth - i : LANES;
-      uint32_t values[LANES];
-      for (int64_t o = 0; o < TILE_WIDTH; ++o) {
-        uint8_t some[LANES] = {};
-        if (o < outputs) __builtin_memcpy(some, codes + o * pitch + i, left);
-        store(widen_codes(some), values);
-        for (int64_t j = 0; j < left; ++j) panel[(i + j) * TILE_WIDTH + o] = values[j];
+    for (int64_t i = 0; i < depth; i += LANES, panel += LANES * TILE_WIDTH)
+      for (int64_t o = 0; o < outputs; o += LANES) {
+        Floats x[LANES] = {};
+        for (int64_t j = 0; j < LANES && o + j < outputs; ++j) {
+          const uint8_t* from = codes + (o + j) * pitch + i;
+          uint8_t last[LANES] = {};
+          if (depth - i < LANES) from = static_cast<uint8_t*>(__builtin_memcpy(last, from, depth - i));
+          x[j] = widen_codes(from);
+        }
+        transpose(x);
+        for (int j = 0; j < LANES; ++j) store(x[j], panel + j * TILE_WIDTH + o);
       }
-    }
   }
 
   template <int rows, int outputs, typename T>
@@ -59,44 +62,10 @@ struct Decoder<FloatUnits> {
   }
 
   static Floats widen_row(const float* from) { return load(from); }
-  static Floats widen_row(const uint16_t* from) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    Halves x;
-    __builtin_memcpy(&x, from, sizeof x);
-    return reinterpret_cast<Floats>(__builtin_convertvector(x, Ints) << 16);
-  }
+  static Floats widen_row(const uint16_t* from) { return reinterpret_cast<Floats>(load_ints(from) << 16); }
 };
 
 #if defined(__AVX512BF16__)
-// 16 x 16 numbers of 32 bits.
-inline void transpose(__m512i (&x)[16]) {
-  __m512i y[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + 2 + j]);
-      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + 2 + j]);
-    }
-#pragma GCC unroll 2
-  for (int i = 0; i < 16; i += 8)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + 4 + j], 0x88);
-      y[i + 4 + j] = _mm512_shuffle_i32x4(x[i + j], x[i + 4 + j], 0xdd);
-    }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    x[j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0x88);
-    x[8 + j] = _mm512_shuffle_i32x4(y[j], y[8 + j], 0xdd);
-  }
-}
-
 template <>
 struct Decoder<PairUnits> {
   static constexpr int STEP = 64;
@@ -106,14 +75,16 @@ struct Decoder<PairUnits> {
       const __mmask64 mask = depth - i < 64 ? (__mmask64{1} << (depth - i)) - 1 : ~__mmask64{0};
       for (int64_t o = 0; o < outputs; o += 16) {
         const uint8_t* from = codes + o * pitch + i;
-        __m512i x[16];
+        Floats x[16];
 #pragma GCC unroll 16
-        for (int j = 0; j < 16; ++j)
-          x[j] = _mm512_maskz_loadu_epi8(o + j < outputs ? mask : 0, from + (o + j < outputs ? j * pitch : 0));
+        for (int j = 0; j < 16; ++j) {
+          const bool there = o + j < outputs;
+          x[j] = reinterpret_cast<Floats>(_mm512_maskz_loadu_epi8(there ? mask : 0, from + (there ? j * pitch : 0)));
+        }
         transpose(x);
 #pragma GCC unroll 16
         for (int j = 0; j < 16; ++j) {
-          const Bf16Codes pairs(x[j], PAIRS_APART);
+          const Bf16Codes pairs(reinterpret_cast<__m512i>(x[j]), PAIRS_APART);
           _mm512_storeu_si512(panel + 2 * j * TILE_WIDTH + o, pairs.first);
           _mm512_storeu_si512(panel + (2 * j + 1) * TILE_WIDTH + o, pairs.second);
         }

@@ -31,6 +31,35 @@ inline Floats load(const T* from) {
   return x;
 }
 
+// LANES small integers. By instructions: compilers would take them one by one.
+inline Ints load_ints(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__SSE2__)
+  int32_t four;
+  __builtin_memcpy(&four, from, sizeof four);
+  const __m128i zero = _mm_setzero_si128();
+  return reinterpret_cast<Ints>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero));
+#else
+  return Ints{from[0], from[1], from[2], from[3]};
+#endif
+}
+
+inline Ints load_ints(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Ints>(
+      _mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), _mm_setzero_si128()));
+#else
+  return Ints{from[0], from[1], from[2], from[3]};
+#endif
+}
+
 template <typename T>
 inline void store(Floats x, T* to) {
   __builtin_memcpy(to, &x, sizeof x);
@@ -75,6 +104,43 @@ inline float sum(Floats x) {
   float out = 0;
   for (int i = 0; i < LANES; ++i) out += x[i];
   return out;
+#endif
+}
+
+// LANES x LANES numbers of 32 bits.
+inline void transpose(Floats (&x)[LANES]) {
+#if defined(__AVX512F__)
+  Floats y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm512_shuffle_ps(y[i + j], y[i + 2 + j], 0x44);
+      x[i + 2 * j + 1] = _mm512_shuffle_ps(y[i + j], y[i + 2 + j], 0xee);
+    }
+#pragma GCC unroll 2
+  for (int i = 0; i < 16; i += 8)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      y[i + j] = _mm512_shuffle_f32x4(x[i + j], x[i + 4 + j], 0x88);
+      y[i + 4 + j] = _mm512_shuffle_f32x4(x[i + j], x[i + 4 + j], 0xdd);
+    }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    x[j] = _mm512_shuffle_f32x4(y[j], y[8 + j], 0x88);
+    x[8 + j] = _mm512_shuffle_f32x4(y[j], y[8 + j], 0xdd);
+  }
+#else
+  uint32_t from[LANES][LANES], to[LANES][LANES];
+  __builtin_memcpy(from, x, sizeof from);
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < LANES; ++j) to[i][j] = from[j][i];
+  __builtin_memcpy(x, to, sizeof to);
 #endif
 }
 

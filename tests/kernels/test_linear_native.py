@@ -5,6 +5,7 @@ import torch
 from exact_float8 import VALUES
 
 from exactness import check_exactness
+from horsepower.kernels import native_library
 from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.linear import LINEAR, native, native_supports, native_workspace, outputs, reference
 from horsepower.kernels.native_library import ISAS
@@ -17,8 +18,9 @@ TRUE = torch.cat([torch.tensor([*sign * VALUES, float("nan")]) for sign in (1.0,
 
 
 @pytest.fixture(autouse=True)
-def four_threads():
+def four_threads(monkeypatch):
     """More than this machine may have, and for little work, so that tiles are divided."""
+    monkeypatch.setattr(native_library, "ELEMENTS_A_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     yield
