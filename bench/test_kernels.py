@@ -9,7 +9,9 @@ from horsepower.bench.measure import warm_allocator
 from horsepower.kernels.activation import ACTIVATION, KINDS
 from horsepower.kernels.add_rms_norm import ADD_RMS_NORM
 from horsepower.kernels.attention import ATTENTION
+from horsepower.kernels.linear import LINEAR
 from horsepower.kernels.native_library import ISAS
+from horsepower.kernels.ops import ops
 from horsepower.kernels.qk_norm_rope import QK_NORM_ROPE
 from horsepower.kernels.registry import Op
 from horsepower.kernels.rms_norm import RMS_NORM
@@ -40,7 +42,7 @@ def compare(benchmark: Any, op: Op, kernel: str, case: str, *arguments: Any) -> 
             torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
         benchmark(compiled, *arguments)
     else:
-        native = op.kernels[0]
+        native = next(each for each in op.kernels if each.name == "native")
         scratch = torch.empty(native.workspace(*arguments, isa=kernel), dtype=torch.uint8) if native.workspace else None
         benchmark(native.run, op.outputs(*arguments), scratch, *arguments, kernel)
 
@@ -79,6 +81,24 @@ def test_qk_norm_rope(benchmark: Any, kernel: str, rows: int, heads_q: int, head
 def test_rms_norm(benchmark: Any, kernel: str, shape: tuple[int, int]) -> None:
     x, gain = normal(*shape), normal(shape[1])
     compare(benchmark, RMS_NORM, kernel, str(shape), x, gain, 1, [], 1e-6, torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64, 512])
+@pytest.mark.parametrize(("width", "depth"), [(516, 256), (256, 256), (1360, 256), (256, 680), (2048, 2048)])
+@pytest.mark.parametrize("kernel", ["bfloat16", "dequantise", *ISAS])
+def test_linear_of_float8_weights(benchmark: Any, kernel: str, rows: int, width: int, depth: int) -> None:
+    """Beside torch's product of bfloat16 weights, and the same of weights that are decoded first."""
+    x, weight = normal(rows, depth).bfloat16(), normal(width, depth).bfloat16()
+    codes, scale = ops.quantise(weight)
+    case = f"{rows} rows {width} x {depth}"
+    if kernel in ISAS:
+        compare(benchmark, LINEAR, kernel, case, x, codes, 1, [], None, scale)
+        return
+    benchmark.group, out = f"linear {case}", x.new_empty(rows, width)
+    if kernel == "bfloat16":
+        benchmark(lambda: torch.mm(x, weight.t(), out=out))
+    else:
+        benchmark(lambda: torch.mm(x, (codes.float() * scale).bfloat16().t(), out=out))
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)

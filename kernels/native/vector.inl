@@ -191,9 +191,10 @@ struct FloatUnits {
   static Floats multiply_add(Floats sum, Floats x, Floats y) { return sum + x * y; }
 
   // One unit of a row in all lanes; uint32_t is a unit that is packed already.
-  template <typename T>
-  static Floats unit(const T* row, int64_t u) {
-    return broadcast(widen(row[u]));
+  static Floats unit(const float* row, int64_t u) { return broadcast(row[u]); }
+  static Floats unit(const uint16_t* row, int64_t u) {
+    typedef uint16_t Halves __attribute__((vector_size(4 * LANES)));
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(Halves{} + row[u]) << 16);
   }
   static Floats unit(const uint32_t* row, int64_t u) { return broadcast(row[u]); }
 

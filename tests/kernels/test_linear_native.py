@@ -178,6 +178,14 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
             assert torch.equal(LINEAR(*arguments)[0], reference(*arguments)[0])
 
 
+def test_many_rows_are_not_for_the_portable_kernel(monkeypatch):
+    """Whose products of a decoded weight torch is three times as fast at."""
+    monkeypatch.setattr("horsepower.kernels.linear.ISAS", ("portable",))
+    for rows, taken in ((32, True), (33, False)):
+        x, weight, scale = inputs(rows, 64, 70)
+        assert (native_supports(x, weight, 1, [], None, scale) is None) == taken
+
+
 def test_scratch_memory_is_for_codes_alone():
     x, weight, scale = inputs(40, 300, 70)
     assert native_workspace(x, weight, 1, [], None, scale) > 0
