@@ -9,6 +9,7 @@ int supported_isas(const char* (&names)[MAX_ISAS]) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
+    // Cooper Lake alone has the first without the second.
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) names[count++] = "avx512_bf16";
     names[count++] = "avx512";
   }

@@ -20,6 +20,7 @@ using horsepower::Linear;
 constexpr int64_t BLOCK_UNITS = 128;  // of products summed at once: float32 rounds sums of sums less than one long sum
 constexpr int FEW_ROWS = 8;
 
+// Of a panel, whose depth is filled up to what is decoded at once.
 template <typename Units>
 int64_t panel_units(const Linear& a) {
   return (a.depth + 63) / 64 * (64 / Units::DEPTH) * TILE_WIDTH;
@@ -115,7 +116,7 @@ Floats weight[outputs][2];
 };
 #endif
 
-// Rows of one expert, and the outputs of one panel.
+// All rows of one expert, and the outputs of one panel.
 template <typename T>
 struct Part {
   const T* x;
@@ -155,11 +156,12 @@ void multiply(const Linear& a, const Part<T>& part, const uint32_t* panel, int64
 #pragma GCC unroll 8
       for (int n = 0; n < vectors; ++n) total[r][n] += more[r][n];
   }
-  if (Units::DEPTH == 2 && a.depth % 2) {
-    uint32_t last[rows];
-    for (int r = 0; r < rows; ++r) last[r] = static_cast<uint16_t>(x[r * a.x_pitch + a.depth - 1]);
-    add_products<Units>(last, 1, panel + units * TILE_WIDTH, TILE_WIDTH, 1, total);
-  }
+  if constexpr (Units::DEPTH == 2)
+    if (a.depth % 2) {
+      uint32_t last[rows];
+      for (int r = 0; r < rows; ++r) last[r] = x[r * a.x_pitch + a.depth - 1];
+      add_products<Units>(last, 1, panel + units * TILE_WIDTH, TILE_WIDTH, 1, total);
+    }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
     float sums[vectors * LANES];
