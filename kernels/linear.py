@@ -125,6 +125,8 @@ def native_supports(
     """Why the C++ kernel cannot take these inputs, or None."""
     if weight_scale is None:
         return "the weight is not quantised"
+    if weight_scale.shape[0] < weight.shape[0]:
+        return "the weight has one scale for all outputs"
     if x.dtype not in FLOATS:
         return "x is neither float32 nor bfloat16"
     if not x.shape[-1]:

@@ -106,6 +106,10 @@ def test_who_takes_codes():
     assert library.supports(x, weight, 1, [], None, weight_scale) == "the weight is quantised"
     assert scaled_mm.supports(x, weight, 1, [], None, weight_scale) == "x is not quantised"
     assert scaled_mm.supports(codes, weight, 1, [], x_scale, weight_scale) is None
+    native = next(each for each in LINEAR.kernels if each.name == "native")
+    shared = "the weight has one scale for all outputs"
+    assert native.supports(x, weight, 1, [], None, weight_scale) is None
+    assert native.supports(x, weight, 1, [], None, weight_scale[:1]) == shared
     odd = "a dimension of the weight is no multiple of 16"
     assert scaled_mm.supports(codes[:, :24], weight[:, :24], 1, [], x_scale, weight_scale) == odd
     assert scaled_mm.supports(codes, weight[:24], 1, [], x_scale, weight_scale[:24]) == odd
