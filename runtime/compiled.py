@@ -54,6 +54,15 @@ class Compiled:
         """Memory that is held between calls, for the largest sizes so far."""
         return self._run.arena_bytes
 
+    def drop_arenas(self) -> None:
+        """As `Executor.drop_arenas`: the next call takes memory anew."""
+        self._run.drop_arenas()
+
+    def to(self, device: torch.device) -> "Compiled":
+        """As `Executor.to`: what was made of the weights goes to a device; the module stays where it is."""
+        self._run.to(device)
+        return self
+
     def peak(self, *args: Any, **kwargs: Any) -> int:
         """Bytes of activations for inputs of these sizes; weights, inputs and outputs apart. Raises as a call does."""
         return self.plan.at(self.plan.contract.check(args, kwargs)[1]).peak

@@ -2,10 +2,10 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,11 +17,13 @@ from horsepower.kernels.target import target_of
 from horsepower.quant.scheme import Scheme, scheme_of
 from horsepower.runtime import memory
 from horsepower.runtime.devices import indexed
-from horsepower.runtime.fused import FusedDiT, plan_velocity, velocity_sizes
+from horsepower.runtime.fused import FusedDiT, plan_velocity
 from horsepower.runtime.media import image_pixels, open_image, read_audio
+from horsepower.runtime.memory import DiTBytes
 from horsepower.runtime.models.audio_vae import CODEC_RATE, OUTPUT_RATE, STRIDE
 from horsepower.runtime.models.dit import DiT
-from horsepower.runtime.models.text import MAX_TOKENS, TextEncoder
+from horsepower.runtime.models.text import TextEncoder
+from horsepower.runtime.phases import AUDIO, IMAGE, TEXT, VIDEO, audio_latents, phases_of, with_frames
 from horsepower.runtime.pipeline import (
     BaseGuidance,
     Latents,
@@ -33,12 +35,14 @@ from horsepower.runtime.pipeline import (
     super_resolve,
     to_frames,
 )
-from horsepower.runtime.presets import ModelName, Sizes, sizes
+from horsepower.runtime.presets import MODELS, ModelName, Sizes, sizes
 from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, structured_prompt
 from horsepower.runtime.request import Cancelled, Progress, Request, Result
+from horsepower.runtime.residence import HOST, Movable, Residence
 from horsepower.runtime.sampling import Noise, SeededNoise
 from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder, eager_dit, te_dit
 from horsepower.runtime.tokens import AUDIO_CHANNELS, FPS, PATCH, VIDEO_CHANNELS, Grid
+from horsepower.runtime.turns import MemoryStatement, Part, Phase, least, state
 from horsepower.runtime.watch import Watch
 
 if TYPE_CHECKING:
@@ -57,6 +61,19 @@ class Conditions(NamedTuple):
     audio: Tensor | None
 
 
+@dataclass(frozen=True)
+class Job:
+    """A request while it is worked on."""
+
+    request: Request
+    picture: Sizes
+    stage: Stage  # the base stage
+    statement: MemoryStatement
+    parts: Mapping[str, Part]
+    noise: Noise
+    watch: Watch
+
+
 class Engine:
     """Turns requests into clips on one device. One request runs at a time; others wait, from any thread."""
 
@@ -70,13 +87,14 @@ class Engine:
         strict: bool,
         scheme: Scheme | None = None,
         notes: tuple[str, ...] = (),
+        device_memory: int | None = None,
     ):
         self._source, self.model, self.device, self.dtype, self.mode = source, model, device, dtype, mode
         self.scheme = scheme
         eight = () if scheme is None else (f"scheme: {scheme.name}, {scheme.says}",)
-        self._strict, self._notes = strict, (*source.notes, *notes, *eight)
+        self._strict, self._notes, self._device_memory = strict, (*source.notes, *notes, *eight), device_memory
         self._plans: dict[ModelName, tuple[DiT, Plan]] = {}
-        self._dits: dict[ModelName, DiT | FusedDiT] = {}
+        self._parts = Residence(device, self._load)
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose request runs
 
@@ -90,6 +108,7 @@ class Engine:
         mode: str | None = None,
         strict: bool = True,
         scheme: str | Scheme | None = None,
+        device_memory: int | None = None,
     ) -> "Engine":
         """Open a folder of released checkpoints, or the built-in preset "foal".
 
@@ -102,6 +121,8 @@ class Engine:
             the model runs with those that did.
         scheme: linear layers in eight bits, quantised while they are loaded: "fp8" (Hopper), "fp8-weights"; "te" and
             "te-block" (Hopper, mode "eager") by Transformer Engine.
+        device_memory: bytes of the device that the engine may take; None: what is free. Where not all parts of a
+            request fit beside each other they take turns, waiting on the host; bits of clips do not depend on it.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
         Raises ValueError naming what is missing or wrong.
         """
@@ -115,8 +136,9 @@ class Engine:
         if not there or model not in (None, *there):
             got = repr(model) if there else f"neither in {folder}"
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
-        engine = cls(source, there[0] if model is None else model, chosen, dtype, mode, strict, scheme, notes)
-        engine._dit(engine.model)
+        chosen_model = there[0] if model is None else model
+        engine = cls(source, chosen_model, chosen, dtype, mode, strict, scheme, notes, _bytes(device_memory))
+        engine._open()
         return engine
 
     def run(
@@ -134,15 +156,16 @@ class Engine:
             raise ValueError(f"request: got {type(request).__name__}, allowed: a Request")
         stage, picture = self._stage(request), sizes(request.resolution)
         with self._turn(cancel), torch.no_grad():
-            self._check_picture(request, picture)
-            watch, noise = Watch(self.device, on_progress, cancel), SeededNoise(request.seed)
-            texts, notes = self._read(request, stage, watch)
-            given = self._condition(request, picture, noise, watch)
-            latents = self._denoise(request, stage, picture, texts, given, noise, watch)
+            statement, parts = self._state(request, picture)
+            watch = Watch(self.device, on_progress, cancel)
+            job = Job(request, picture, stage, statement, parts, SeededNoise(request.seed), watch)
+            texts, notes = self._read(job)
+            given = self._condition(job)
+            latents = self._denoise(job, texts, given)
             if picture.super_resolution:
-                latents = self._super_resolve(request, latents, picture, texts, given, noise, watch)
-            video, sound = self._decode(latents, watch)
-        notes = (*self._notes, *notes, *_rounding(request, picture))
+                latents = self._super_resolve(job, latents, texts, given)
+            video, sound = self._decode(job, latents)
+        notes = (*self._notes, *notes, *_rounding(request, picture), *statement.notes)
         return Result(video, sound, FPS, OUTPUT_RATE, request.seed, watch.timings, notes)
 
     @contextmanager
@@ -171,8 +194,62 @@ class Engine:
         guidance = BaseGuidance() if request.guidance is None else BaseGuidance(request.guidance, request.guidance)
         return Stage("base", request.num_inference_steps or 32, request.sampler or "unipc", guidance)
 
-    def _check_picture(self, request: Request, picture: Sizes) -> None:
-        """Raise ValueError if the model for this size is not there, or memory cannot hold the clip."""
+    def memory(self, request: Request) -> MemoryStatement:
+        """What `run` would take, phase by phase, from what lies where now; nothing is loaded for it.
+
+        Waits for a request that runs. Raises ValueError as `run` does, with the bytes that are missing if not even
+        parts that take turns fit.
+        """
+        self._stage(request)
+        with self._turn(None):
+            return self._state(request, sizes(request.resolution))[0]
+
+    def _state(self, request: Request, picture: Sizes) -> tuple[MemoryStatement, dict[str, Part]]:
+        """And the parts, with those that are there of other requests. Raises ValueError."""
+        self._check_models(request, picture)
+        stages = (self._stage(request), _super_resolution(request))
+        parts, phases = phases_of(request, stages, self.model, picture, self._source, self._dit_bytes)
+        grid = Grid.of(*picture.final, audio_latents(request))
+        if self.device.type == "cpu":
+            phases = with_frames(phases, grid)
+        budget = self._budget()
+        needed, phase = least(parts, phases)
+        memory.check_fits(needed, budget, grid, phase.name, self.device)
+        parts = {**self._parts.parts, **parts}
+        host = 0 if self.device.type == "cpu" else memory.free_bytes(HOST) + self._parts.host_bytes
+        return state(parts, phases, budget, host, self._parts.there, self._parts.waiting), parts
+
+    def _budget(self) -> int:
+        """Bytes of the device that are the engine's, those that it holds by now with them."""
+        free = memory.free_bytes(self.device) + self._parts.bytes
+        return free if self._device_memory is None else min(free, self._device_memory)
+
+    @contextmanager
+    def _phase(self, job: Job, name: str) -> Iterator[None]:
+        """A phase of one step: its parts come first, others may have to go."""
+        self._enter(job, name)
+        with job.watch.stage(name):
+            yield
+
+    def _enter(self, job: Job, name: str) -> None:
+        turn = next(turn for turn in job.statement.turns if turn.phase == name)
+        with job.watch.clock(name):
+            self._parts.follow(turn, job.parts)
+
+    def _open(self) -> None:
+        """Load the base model, then the text encoder, for which it gives way if both do not fit."""
+        self._check_channels(self.model)
+        weights, load = self._dit_bytes(self.model, Grid.of(32, 32, 5), 1)[:2]
+        parts = {self.model: Part(weights, load), TEXT: Part(self._source.text_memory().weights)}
+        phases = (Phase(f"model {self.model}", (self.model,)), Phase(TEXT, (TEXT,)))
+        for phase in phases:
+            memory.check_loads(phase.name, least(parts, (phase,))[0], self._budget(), self.device)
+        host = 0 if self.device.type == "cpu" else memory.free_bytes(HOST)
+        for turn in state(parts, phases, self._budget(), host).turns:
+            self._parts.follow(turn, parts)
+
+    def _check_models(self, request: Request, picture: Sizes) -> None:
+        """Raise ValueError if the model for this size is not there, or does not fit the others."""
         name = picture.super_resolution
         if name is None and request.super_resolution_guidance is not None:
             got = request.super_resolution_guidance
@@ -181,56 +258,45 @@ class Engine:
             raise ValueError(
                 f"resolution: got {request.resolution!r}, which needs the model {name}, allowed: 256p with these files"
             )
-        grid = Grid.of(*picture.final, _audio_latents(request))
-        name = name or self.model
-        weights = 0 if name in self._dits else self._weight_bytes(name)
-        activations = max(self._activation_bytes(name, grid), self._source.decode_bytes(grid))
-        frames = memory.picture_bytes(grid) if self.device.type == "cpu" else 0
-        memory.check_fits(weights + activations + frames, grid, self.device)
+        if name is not None:
+            self._check_channels(name)
 
-    def _weight_bytes(self, name: ModelName) -> int:
-        """What loading a model takes at the most."""
-        if self._has_stated_memory:
-            return self._planned(name)[1].load_bytes
-        return memory.weight_bytes(self._source.config(name), self.dtype)
+    def _dit_bytes(self, name: ModelName, grid: Grid, passes: int) -> DiTBytes:
+        """From its plan; on a CPU, operators' own scratch memory is beside it, and the bounds of eager hold."""
+        if self.mode != "fused" or target_of(self.device) == "cpu":
+            return memory.eager_bytes(self._source.config(name), self.dtype, grid)
+        size = memory.planned_bytes(*self._planned(name), grid, passes)
+        dit = self._parts[name] if name in self._parts.there else None
+        held = dit.compiled.arena_bytes if isinstance(dit, FusedDiT) else 0  # of a larger clip, perhaps
+        return size._replace(arena=max(size.arena, held))
 
-    def _activation_bytes(self, name: ModelName, grid: Grid) -> int:
-        """What a step takes beside what its model holds by now."""
-        if not self._has_stated_memory:
-            return memory.activation_bytes(self._source.config(name), grid)
-        sizes = velocity_sizes((grid.video, grid.audio, MAX_TOKENS), grid.frames)
-        dit = self._dits.get(name)
-        held = dit.compiled.arena_bytes if isinstance(dit, FusedDiT) else 0
-        return max(0, self._planned(name)[1].at(sizes).peak - held)
-
-    @property
-    def _has_stated_memory(self) -> bool:
-        """Whether a plan says what its model takes; on a CPU, operators' own scratch memory is beside it."""
-        return self.mode == "fused" and target_of(self.device) != "cpu"
-
-    def _read(self, request: Request, stage: Stage, watch: Watch) -> tuple[Texts, tuple[str, ...]]:
+    def _read(self, job: Job) -> tuple[Texts, tuple[str, ...]]:
         """Encode the prompts; and say if the prompt had to be cut."""
-        with watch.stage("text"):
+        request, guided_later = job.request, job.request.super_resolution_guidance is not None
+        with self._phase(job, "text"):
             prompt = structured_prompt(request.prompt, request.speech_text, request.speech_language)
-            encoded, negative = self._text_encoder(prompt), None
-            if stage.guidance is not None or request.super_resolution_guidance is not None:
-                negative = self._text_encoder(request.negative_prompt or DEFAULT_NEGATIVE_PROMPT).features
+            encoder: TextEncoder = self._parts[TEXT]
+            encoded, negative = encoder(prompt), None
+            if job.stage.guidance is not None or guided_later:
+                negative = encoder(request.negative_prompt or DEFAULT_NEGATIVE_PROMPT).features
         kept = len(encoded.features)
         cut = (f"prompt: {encoded.total_tokens} tokens, of which the first {kept} were used",)
         return Texts(encoded.features, negative), cut if encoded.total_tokens > kept else ()
 
-    def _condition(self, request: Request, picture: Sizes, noise: Noise, watch: Watch) -> Conditions:
+    def _condition(self, job: Job) -> Conditions:
         """Encode the given image and sound, if any; sound first, since it draws noise."""
+        request, picture = job.request, job.picture
         if request.image is None and request.audio is None:
             return Conditions(None, None, None)
-        with watch.stage("conditioning"):
+        with self._phase(job, "conditioning"):
             audio = base_image = final_image = None
             if request.audio is not None:
                 wave = read_audio(request.audio, request.duration)
                 if len(wave) < STRIDE:
                     got = f"{len(wave) / CODEC_RATE:.3f} seconds of sound"
                     raise ValueError(f"audio: got {got}, allowed: at least {STRIDE / CODEC_RATE}")
-                audio = self._audio_codec.encode(wave.expand(2, -1).to(self.device), noise)
+                codec: AudioCodec = self._parts[AUDIO]
+                audio = codec.encode(wave.expand(2, -1).to(self.device), job.noise)
             if request.image is not None:
                 image = open_image(request.image)
                 base_image = self._encode_image(image, picture.base)
@@ -239,66 +305,56 @@ class Engine:
             return Conditions(base_image, final_image, audio)
 
     def _encode_image(self, image: "Image", size: tuple[int, int]) -> Tensor:
-        return self._image_encoder(image_pixels(image, *size).to(self.device))
+        encoder: ImageEncoder = self._parts[IMAGE]
+        return encoder(image_pixels(image, *size).to(self.device))
 
-    def _denoise(
-        self,
-        request: Request,
-        stage: Stage,
-        picture: Sizes,
-        texts: Texts,
-        given: Conditions,
-        noise: Noise,
-        watch: Watch,
-    ) -> Latents:
+    def _denoise(self, job: Job, texts: Texts, given: Conditions) -> Latents:
         """The base stage."""
-        audio = _audio_latents(request) if given.audio is None else given.audio.shape[1]
-        start = prepare(Grid.of(*picture.base, audio), noise, self.device, given.audio)
+        request = job.request
+        audio = audio_latents(request) if given.audio is None else given.audio.shape[1]
+        self._enter(job, job.stage.name)
+        start = prepare(Grid.of(*job.picture.base, audio), job.noise, self.device, given.audio)
         keep_audio = given.audio is not None and (request.keep_audio or self.model == "base")
-        return denoise(self._dit(self.model), start, texts, stage, noise, watch, given.base_image, keep_audio)
+        model: DiT | FusedDiT = self._parts[self.model]
+        return denoise(model, start, texts, job.stage, job.noise, job.watch, given.base_image, keep_audio)
 
-    def _super_resolve(
-        self,
-        request: Request,
-        latents: Latents,
-        picture: Sizes,
-        texts: Texts,
-        given: Conditions,
-        noise: Noise,
-        watch: Watch,
-    ) -> Latents:
+    def _super_resolve(self, job: Job, latents: Latents, texts: Texts, given: Conditions) -> Latents:
         """The super-resolution stage of pictures that have one."""
+        picture, stage = job.picture, _super_resolution(job.request)
         assert picture.super_resolution
-        grid, model = Grid.of(*picture.final, latents.grid.audio), self._dit(picture.super_resolution)
-        scale, stage = request.super_resolution_guidance, SUPER_RESOLUTION
-        if scale is not None:
-            stage = replace(stage, guidance=SuperResolutionGuidance(scale))
-        return super_resolve(model, latents, grid, texts, stage, noise, watch, given.final_image)
+        self._enter(job, stage.name)
+        grid, model = Grid.of(*picture.final, latents.grid.audio), self._parts[picture.super_resolution]
+        return super_resolve(model, latents, grid, texts, stage, job.noise, job.watch, given.final_image)
 
-    def _decode(self, latents: Latents, watch: Watch) -> tuple[Tensor, Tensor]:
+    def _decode(self, job: Job, latents: Latents) -> tuple[Tensor, Tensor]:
         """Frames uint8 [F, H, W, 3] and sound float32 [S, 2], on the CPU."""
         grid = latents.grid
         width, height = grid.pixels
-        with watch.stage("video"):
-            video = to_frames(self._video_decoder(latents.video), (4 * grid.frames - 3, height, width))
-        with watch.stage("audio"):
-            return video, self._audio_codec.decode(latents.audio).cpu()
+        with self._phase(job, "video"):
+            decoder: VideoDecoder = self._parts[VIDEO]
+            video = to_frames(decoder(latents.video), (4 * grid.frames - 3, height, width))
+        with self._phase(job, "audio"):
+            codec: AudioCodec = self._parts[AUDIO]
+            return video, codec.decode(latents.audio).cpu()
+
+    def _load(self, name: str) -> Movable:
+        """A part on the device, from the source."""
+        made: dict[str, Callable[[], Movable]] = {
+            TEXT: self._source.text_encoder,
+            IMAGE: self._source.image_encoder,
+            VIDEO: self._source.video_decoder,
+            AUDIO: self._source.audio_codec,
+            **{each: partial(self._dit, each) for each in MODELS},
+        }
+        return made[name]()
 
     def _dit(self, name: ModelName) -> DiT | FusedDiT:
-        if name not in self._dits:
-            self._check_channels(name)
-            memory.check_loads(name, self._weight_bytes(name), self.device)
-            self._dits[name] = self._fused(name) if self.mode == "fused" else self._eager(name)
-        return self._dits[name]
-
-    def _eager(self, name: ModelName) -> DiT:
-        if self.scheme is not None:
+        if self.mode == "eager" and self.scheme is not None:
             return te_dit(self._source, name, self.device, self.dtype, self.scheme)
-        return eager_dit(self._source, name, self.device, self.dtype)
-
-    def _fused(self, name: ModelName) -> FusedDiT:
-        """Weights go from the source through the plan's recipes; the model itself has none."""
+        if self.mode == "eager":
+            return eager_dit(self._source, name, self.device, self.dtype)
         model, plan = self._planned(name)
+        # Weights go from the source through the plan's recipes; the model itself has none.
         return FusedDiT(model, plan=plan, weights=self._source.weights(name))
 
     def _planned(self, name: ModelName) -> tuple[DiT, Plan]:
@@ -311,25 +367,9 @@ class Engine:
         """Raise ValueError if a model does not read what the pipeline and the text encoder give."""
         config = self._source.config(name)
         got = (config.video_in_channels, config.audio_in_channels, config.text_in_channels)
-        allowed = (VIDEO_CHANNELS * PATCH**2, AUDIO_CHANNELS, self._text_encoder.width)
+        allowed = (VIDEO_CHANNELS * PATCH**2, AUDIO_CHANNELS, self._source.text_width())
         if got != allowed:
             raise ValueError(f"model {name}: got {got} channels of video, audio, text, allowed: {allowed}")
-
-    @cached_property
-    def _text_encoder(self) -> TextEncoder:
-        return self._source.text_encoder()
-
-    @cached_property
-    def _image_encoder(self) -> ImageEncoder:
-        return self._source.image_encoder()
-
-    @cached_property
-    def _video_decoder(self) -> VideoDecoder:
-        return self._source.video_decoder()
-
-    @cached_property
-    def _audio_codec(self) -> AudioCodec:
-        return self._source.audio_codec()
 
 
 def _open(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> Source:
@@ -391,9 +431,16 @@ def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _audio_latents(request: Request) -> int:
-    """One a video frame, and one for the end."""
-    return int(round(request.duration * FPS, 6)) + 1  # rounded first: 4.6 * 25 is 114.99... in binary
+def _bytes(device_memory: int | None) -> int | None:
+    whole = isinstance(device_memory, int) and not isinstance(device_memory, bool)
+    if device_memory is not None and not (whole and device_memory > 0):
+        raise ValueError(f"device_memory: got {device_memory!r}, allowed: a positive number of bytes, or None")
+    return device_memory
+
+
+def _super_resolution(request: Request) -> Stage:
+    scale = request.super_resolution_guidance
+    return SUPER_RESOLUTION if scale is None else replace(SUPER_RESOLUTION, guidance=SuperResolutionGuidance(scale))
 
 
 def _rounding(request: Request, picture: Sizes) -> tuple[str, ...]:

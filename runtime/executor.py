@@ -58,8 +58,28 @@ class Executor:
 
     @property
     def arena_bytes(self) -> int:
-        """Of the arenas that no call uses now."""
+        """Of the arenas that no call uses now, with the buffers of their CUDA graphs."""
         return sum(arena.bytes for arena in list(self._idle))
+
+    def drop_arenas(self) -> None:
+        """Give back all memory but the weights', with the programs and CUDA graphs that refer to it.
+
+        Not while a call runs.
+        """
+        while self._idle:
+            self._idle.pop().finish()
+
+    def to(self, device: torch.device) -> "Executor":
+        """Bring the finished weights to a device, such as the host to wait there; arenas are dropped.
+
+        Calls need them on the plan's device. Not while a call runs.
+        """
+        self.drop_arenas()
+        moved: dict[int, torch.UntypedStorage] = {}  # what shares memory shares it there
+        for name, value in self._fixed.items():
+            if isinstance(value, Tensor) and value.device != device:
+                self._fixed[name] = _moved(value, device, moved)
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Check the inputs, run the calls. Outputs share memory with nothing that the plan holds or was given.
@@ -103,6 +123,16 @@ def _taken(weight: Weight, known: Mapping[str, Tensor]) -> Tensor:
     return got.to(spec.device)
 
 
+def _moved(value: Tensor, device: torch.device, moved: dict[int, torch.UntypedStorage]) -> Tensor:
+    storage = value.untyped_storage()
+    key = storage.data_ptr()
+    if key not in moved:
+        moved[key] = torch.empty(storage.nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+        moved[key].copy_(storage)
+    place = (value.storage_offset(), value.size(), value.stride())
+    return torch.empty(0, dtype=value.dtype, device=device).set_(moved[key], *place)
+
+
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by each of its names."""
     buffers = module.named_buffers(remove_duplicate=False)
@@ -123,7 +153,11 @@ class _Arena:
 
     @property
     def bytes(self) -> int:
-        return self._memory.numel()
+        return self._memory.numel() + sum(program.captured_bytes for program in self._programs.values())
+
+    def finish(self) -> None:
+        """Wait until the memory can be given back."""
+        self._order.finish()
 
     def run(self, given: list[Any], sizes: Mapping[str, int]) -> list[Any]:
         """The flattened outputs."""
@@ -166,6 +200,10 @@ class _Program:
         # a graph could not be watched, and would keep what a number in the CPU's memory was when it was captured
         self._captures = layout.device.type == "cuda" and around is None and there
         self._replay: Replay | None = None
+
+    @property
+    def captured_bytes(self) -> int:
+        return 0 if self._replay is None else self._replay.bytes
 
     def record(self, given: list[Any]) -> list[Any]:
         """The first run: bind and execute call by call."""

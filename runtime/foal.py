@@ -10,18 +10,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from horsepower.runtime import memory
 from horsepower.runtime.executor import weights_of
-from horsepower.runtime.memory import turbo_bytes
+from horsepower.runtime.memory import PartBytes
 from horsepower.runtime.models import audio_vae, wan_vae
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.models.text import HashedWordEncoder, TextEncoder
 from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
 from horsepower.runtime.presets import FOAL_MODELS, ModelName
-from horsepower.runtime.source import AudioCodec, ImageEncoder, OobleckCodec, VideoDecoder
+from horsepower.runtime.source import AudioCodec, ImageEncoder, OobleckCodec, Turbo, VideoDecoder, WanEncoder
 from horsepower.runtime.tokens import Grid
 
 TURBO = TurboConfig(decoder_block_out_channels=(8, 16, 24, 32))
+WAN_WIDTH, AUDIO_WIDTH = 8, 4
 
 
 class Foal:
@@ -48,30 +50,42 @@ class Foal:
         return weights_of(model)
 
     def text_encoder(self) -> TextEncoder:
-        return HashedWordEncoder(FOAL_MODELS["base"].text_in_channels)
+        return HashedWordEncoder(self.text_width(), device=self._device)
+
+    def text_width(self) -> int:
+        return FOAL_MODELS["base"].text_in_channels
+
+    def text_memory(self) -> PartBytes:
+        return memory.hashed_word_bytes(self.text_width())
 
     def image_encoder(self) -> ImageEncoder:
-        vae = wan_vae.build("cpu", self._dtype, encoder_width=8, decoder_width=8)
+        vae = wan_vae.build("cpu", self._dtype, encoder_width=WAN_WIDTH, decoder_width=WAN_WIDTH)
         generate(vae, "image")
-        vae.to(self._device)
-        return lambda pixels: wan_vae.encode(vae, pixels)
+        return WanEncoder(wan_vae.halved(vae, "encoder")).to(self._device)
+
+    def image_memory(self, size: tuple[int, int]) -> PartBytes:
+        weights = memory.wan_weights("encoder", (WAN_WIDTH, WAN_WIDTH), self._dtype)
+        return PartBytes(weights, memory.wan_encode_bytes(WAN_WIDTH, size, self._dtype))
 
     def video_decoder(self) -> VideoDecoder:
         decoder = TurboDecoder(TURBO)
         generate(decoder, "video")
         smooth(decoder)
         decoder.to(self._device, self._dtype)
-        return lambda latents: decoder.decode_chunks(latents.to(self._dtype))
+        return Turbo(decoder, self._dtype)
 
-    def decode_bytes(self, grid: Grid) -> int:
-        return turbo_bytes(TURBO, grid, self._dtype)
+    def video_memory(self, grid: Grid) -> PartBytes:
+        return PartBytes(memory.turbo_weights(TURBO, self._dtype), memory.turbo_bytes(TURBO, grid, self._dtype))
 
     def audio_codec(self) -> AudioCodec:
-        vae = audio_vae.build("cpu", encoder_width=4, decoder_width=4)
+        vae = audio_vae.build("cpu", encoder_width=AUDIO_WIDTH, decoder_width=AUDIO_WIDTH)
         generate(vae, "audio")
         with torch.no_grad():
             vae.decoder.conv2.weight_g.mul_(0.002)  # a bearable loudness
-        return OobleckCodec(vae.to(self._device))
+        return OobleckCodec(vae).to(self._device)
+
+    def audio_memory(self, latents: int, given: bool) -> PartBytes:
+        return memory.audio_bytes({"encoder_width": AUDIO_WIDTH, "decoder_width": AUDIO_WIDTH}, latents, given)
 
 
 def generate(module: nn.Module, name: str) -> None:

@@ -16,6 +16,7 @@ from horsepower.runtime.models.dit_config import DiTConfig
 
 _ANY = torch.export.Dim.DYNAMIC
 _ROWS = {0: _ANY}
+CONDITIONER = ("adapter.text_embedder", "adapter.rope")  # what `condition` reads
 
 
 def expected_fusions(config: DiTConfig) -> dict[str, int]:
@@ -103,22 +104,34 @@ class FusedDiT:
         Raises ValueError, unless `strict` is False, if a fusion that the model family expects does not happen.
         """
         if plan is None or weights is None:
-            self.condition = model.condition
+            self._conditioner = model
             expect = expected_fusions(model.config) if strict else None
             self.compiled = compile_velocity(model, expect=expect, scheme=scheme)
         else:
-            self.condition = conditioner(model, weights, plan.device).condition
+            self._conditioner = conditioner(model, weights, plan.device)
             self.compiled = Compiled(model, plan, True, 0.0, weights)
+        self.condition = self._conditioner.condition
 
     def velocity(self, video: Tensor, audio: Tensor, condition: Condition, frames: int) -> tuple[Tensor, Tensor]:
         """As `DiT.velocity`."""
         result: tuple[Tensor, Tensor] = self.compiled(video, audio, condition, frames)
         return result
 
+    def drop_arenas(self) -> None:
+        """As `Compiled.drop_arenas`."""
+        self.compiled.drop_arenas()
+
+    def to(self, device: torch.device) -> "FusedDiT":
+        """Bring all weights of a model that was made of a plan to a device, without its recipes; drop its arenas."""
+        self.compiled.to(device)
+        for part in CONDITIONER:
+            self._conditioner.get_submodule(part).to(device)
+        return self
+
 
 def conditioner(model: DiT, weights: Mapping[str, Tensor], device: torch.device | str) -> DiT:
     """A twin of a model on the meta device that has what `condition` reads, and nothing else."""
     twin = copy.deepcopy(model)  # of the meta device: nothing is copied
-    for part in ("adapter.text_embedder", "adapter.rope"):
+    for part in CONDITIONER:
         fill(twin.get_submodule(part), weights, device, f"{part}.")
     return twin

@@ -7,40 +7,109 @@ stable-audio-open-1.0/              model.safetensors and model_config.json, or 
 t5gemma-9b-9b-ul2/                  the text encoder, as transformers has it
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from horsepower.runtime import memory
 from horsepower.runtime.checkpoint import INDEX, SINGLE, Tensors, Weights, load, read_json
-from horsepower.runtime.memory import turbo_bytes, wan_bytes
+from horsepower.runtime.memory import PartBytes
 from horsepower.runtime.models import audio_vae, wan_vae
 from horsepower.runtime.models.dit import DiT, FourierRope
 from horsepower.runtime.models.dit_config import DiTConfig
-from horsepower.runtime.models.text import T5GemmaEncoder, TextEncoder
+from horsepower.runtime.models.text import (
+    READ_TOKENS,
+    T5GemmaEncoder,
+    TextEncoder,
+    t5gemma_config,
+    t5gemma_on_meta,
+)
 from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
 from horsepower.runtime.presets import MODELS, ModelName
-from horsepower.runtime.source import AudioCodec, ImageEncoder, OobleckCodec, VideoDecoder
+from horsepower.runtime.source import (
+    AudioCodec,
+    ImageEncoder,
+    OobleckCodec,
+    Turbo,
+    VideoDecoder,
+    WanDecoder,
+    WanEncoder,
+)
 from horsepower.runtime.tokens import Grid
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
+    from transformers import T5GemmaConfig
 
 TEXT, TURBO, WAN, AUDIO = "t5gemma-9b-9b-ul2", "turbo_vae", "Wan2.2-TI2V-5B", "stable-audio-open-1.0"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 AUDIO_PREFIX = "pretransform.model."
 
 
-class ReleasedFolder:
+class ReleasedSizes:
+    """What the parts of the release take, in a dtype of the matrix products: as published, without any files."""
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+
+    def config(self, name: ModelName) -> DiTConfig:
+        return MODELS[name]
+
+    def text_width(self) -> int:
+        width: int = self._t5gemma_config().encoder.hidden_size
+        return width
+
+    def text_memory(self) -> PartBytes:
+        return self._text_memory
+
+    @cached_property
+    def _text_memory(self) -> PartBytes:
+        config = self._t5gemma_config()
+        weights = memory.module_bytes(t5gemma_on_meta(config))
+        return PartBytes(weights, memory.t5gemma_bytes(config.encoder, READ_TOKENS))
+
+    def image_memory(self, size: tuple[int, int]) -> PartBytes:
+        weights = memory.wan_weights("encoder", self._wan_widths, self._dtype)
+        return PartBytes(weights, memory.wan_encode_bytes(self._wan_widths[0], size, self._dtype))
+
+    def video_memory(self, grid: Grid) -> PartBytes:
+        if (config := self._turbo_config()) is None:
+            weights = memory.wan_weights("decoder", self._wan_widths, self._dtype)
+            return PartBytes(weights, memory.wan_decode_bytes(self._wan_widths[1], grid, self._dtype))
+        return PartBytes(memory.turbo_weights(config, self._dtype), memory.turbo_bytes(config, grid, self._dtype))
+
+    def audio_memory(self, latents: int, given: bool) -> PartBytes:
+        return memory.audio_bytes(self._audio_config(), latents, given)
+
+    def _t5gemma_config(self) -> "T5GemmaConfig":
+        return t5gemma_config()
+
+    def _turbo_config(self) -> TurboConfig | None:
+        """None: Wan's own decoder is taken."""
+        return TurboConfig()
+
+    @cached_property
+    def _wan_widths(self) -> tuple[int, int]:
+        """Of the encoder's first layer and the decoder's last."""
+        return 160, 256
+
+    def _audio_config(self) -> dict[str, Any]:
+        """As `audio_vae.build` takes it."""
+        return {"encoder_width": 128, "decoder_width": 128}
+
+
+class ReleasedFolder(ReleasedSizes):
     """The folder's parts, on a device and in the dtype of the matrix products. ValueErrors name what is wrong."""
 
     notes: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        self._folder, self._device, self._dtype = folder, device, dtype
+        super().__init__(dtype)
+        self._folder, self._device = folder, device
 
     def models(self) -> tuple[ModelName, ...]:
         return tuple(n for n in MODELS if any((self._folder / n / file).exists() for file in (INDEX, SINGLE)))
@@ -59,18 +128,15 @@ class ReleasedFolder:
         return T5GemmaEncoder(self._part(TEXT), self._device)
 
     def image_encoder(self) -> ImageEncoder:
-        vae = self._wan
-        return lambda pixels: wan_vae.encode(vae, pixels)
+        return WanEncoder(self._wan("encoder"))
 
     def video_decoder(self) -> VideoDecoder:
         """The Turbo decoder if its folder is there, else Wan's own."""
-        if not (self._folder / TURBO).is_dir():
-            vae = self._wan
-            return lambda latents: [wan_vae.decode(vae, latents)]
-        folder = self._part(TURBO)
+        if (config := self._turbo_config()) is None:
+            return WanDecoder(self._wan("decoder"))
         with torch.device("meta"):
-            decoder = TurboDecoder(self._turbo_config()).to(self._dtype)
-        weights, known = _safetensors(folder), set(decoder.state_dict())
+            decoder = TurboDecoder(config).to(self._dtype)
+        weights, known = _safetensors(self._part(TURBO)), set(decoder.state_dict())
         bare = not any(key.startswith(("decoder.", "encoder.")) for key in weights.files)
 
         def rename(key: str) -> str | None:
@@ -78,21 +144,13 @@ class ReleasedFolder:
             return name if name in known else None  # what training left behind
 
         load(decoder, weights, self._device, rename)
-        decoder.eval()
-        return lambda latents: decoder.decode_chunks(latents.to(self._dtype))  # rounded before the de-normalisation
-
-    def decode_bytes(self, grid: Grid) -> int:
-        if not (self._folder / TURBO).is_dir():
-            return wan_bytes(grid, self._dtype)
-        return turbo_bytes(self._turbo_config(), grid, self._dtype)
+        return Turbo(decoder.eval(), self._dtype)
 
     def audio_codec(self) -> AudioCodec:
-        folder = self._part(AUDIO)
+        folder, vae = self._part(AUDIO), audio_vae.build("meta", **self._audio_config())
         if (converted := folder / "vae").is_dir():
-            vae = audio_vae.build("meta", **audio_vae.config_from_diffusers(read_json(converted / "config.json")))
             load(vae, Weights.find(converted / DIFFUSERS_WEIGHTS), self._device)
             return OobleckCodec(vae)
-        vae = audio_vae.build("meta", **audio_vae.config_from_stable_audio(read_json(folder / "model_config.json")))
 
         def rename(key: str) -> str | None:
             ours = key.startswith(AUDIO_PREFIX)
@@ -101,23 +159,44 @@ class ReleasedFolder:
         load(vae, Weights.find(folder), self._device, rename)
         return OobleckCodec(vae)
 
-    def _turbo_config(self) -> TurboConfig:
+    def _t5gemma_config(self) -> "T5GemmaConfig":
+        return t5gemma_config(self._part(TEXT))
+
+    def _turbo_config(self) -> TurboConfig | None:
+        if not (self._folder / TURBO).is_dir():
+            return None
         return TurboConfig.from_dict(read_json(_only(self._part(TURBO), "*.json")))
 
-    @cached_property
-    def _wan(self) -> "AutoencoderKLWan":
+    def _audio_config(self) -> dict[str, Any]:
+        folder = self._part(AUDIO)
+        if (converted := folder / "vae").is_dir():
+            return audio_vae.config_from_diffusers(read_json(converted / "config.json"))
+        return audio_vae.config_from_stable_audio(read_json(folder / "model_config.json"))
+
+    def _wan(self, half: wan_vae.Half) -> "AutoencoderKLWan":
+        encoder_width, decoder_width = self._wan_widths
+        vae = wan_vae.build("meta", self._dtype, encoder_width=encoder_width, decoder_width=decoder_width)
+        wan_vae.halved(vae, half)
+        weights, rename = self._wan_files()
+        theirs = tuple(f"{name}." for name in (wan_vae.ENCODER if half == "decoder" else wan_vae.DECODER))
+        load(vae, weights, self._device, lambda key: None if (name := rename(key)).startswith(theirs) else name)
+        return vae
+
+    def _wan_files(self) -> tuple[Weights, Callable[[str], str]]:
+        """And the names of their keys in diffusers' class."""
         folder = self._part(WAN)
-        converted = (folder / "vae").is_dir()
-        weights = Weights.find(folder / "vae" / DIFFUSERS_WEIGHTS) if converted else _safetensors(folder)
-        rename = (lambda key: key) if converted else wan_vae.rename
+        if (folder / "vae").is_dir():
+            return Weights.find(folder / "vae" / DIFFUSERS_WEIGHTS), lambda key: key
+        return _safetensors(folder), wan_vae.rename
+
+    @cached_property
+    def _wan_widths(self) -> tuple[int, int]:
+        weights, rename = self._wan_files()
         shapes = {rename(key): shape for key, shape in weights.shapes().items()}
         try:
-            encoder_width, decoder_width = shapes["encoder.conv_in.weight"][0], shapes["decoder.conv_out.weight"][1]
+            return shapes["encoder.conv_in.weight"][0], shapes["decoder.conv_out.weight"][1]
         except KeyError as error:
             raise ValueError(f"checkpoint {weights.source}: is missing {error}, allowed: those of Wan2.2") from None
-        vae = wan_vae.build("meta", self._dtype, encoder_width=encoder_width, decoder_width=decoder_width)
-        load(vae, weights, self._device, rename)
-        return vae
 
     def _part(self, name: str) -> Path:
         folder = self._folder / name

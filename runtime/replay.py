@@ -35,6 +35,11 @@ class Replay:
         ):
             self._results = run(self._given)
 
+    @property
+    def bytes(self) -> int:
+        """Of the graph's own buffers."""
+        return sum(x.nbytes for x in (*self._given, *self._results) if isinstance(x, Tensor))
+
     def run(self, given: list[Any]) -> list[Any]:
         """The results for inputs of the same sizes."""
         for own, x in zip(self._given, given, strict=True):

@@ -1,31 +1,81 @@
 """Where an engine's parts come from: the built-in preset, or a folder of released checkpoints."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from horsepower.quant import transformer_engine
 from horsepower.quant.scheme import Scheme
 from horsepower.runtime.checkpoint import fill
-from horsepower.runtime.models import audio_vae
+from horsepower.runtime.models import audio_vae, wan_vae
 from horsepower.runtime.models.dit import DiT, Linear
-from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.models.text import TextEncoder
+from horsepower.runtime.models.turbo_vae import TurboDecoder
+from horsepower.runtime.phases import PartSizes
 from horsepower.runtime.presets import ModelName
-from horsepower.runtime.tokens import Grid
+from horsepower.runtime.residence import Movable
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderOobleck
-
-# Latents [1, 48, T, h, w] -> pixel chunks [1, 3, f, 16 h, 16 w] in [-1, 1], 4 T - 3 frames in all.
-VideoDecoder = Callable[[Tensor], Iterable[Tensor]]
-# Pixels [1, 3, 1, H, W] in [-1, 1] -> one normalised latent frame [1, 48, 1, H / 16, W / 16], float32.
-ImageEncoder = Callable[[Tensor], Tensor]
+    from diffusers import AutoencoderKLWan, AutoencoderOobleck
 
 
-class AudioCodec(Protocol):
+class VideoDecoder(Movable, Protocol):
+    def __call__(self, latents: Tensor) -> Iterator[Tensor]:
+        """Latents [1, 48, T, h, w] -> pixel chunks [1, 3, f, 16 h, 16 w] in [-1, 1], 4 T - 3 frames in all."""
+        ...
+
+
+class ImageEncoder(Movable, Protocol):
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels [1, 3, 1, H, W] in [-1, 1] -> one normalised latent frame [1, 48, 1, H / 16, W / 16], float32."""
+        ...
+
+
+class Turbo:
+    """The Turbo decoder. Latents are rounded to its dtype before they are de-normalised."""
+
+    def __init__(self, decoder: TurboDecoder, dtype: torch.dtype):
+        self._decoder, self._dtype = decoder, dtype
+
+    def __call__(self, latents: Tensor) -> Iterator[Tensor]:
+        return self._decoder.decode_chunks(latents.to(self._dtype))
+
+    def to(self, device: torch.device) -> "Turbo":
+        self._decoder.to(device)
+        return self
+
+
+class WanEncoder:
+    """Wan's encoder, of a VAE that may have lost its decoder."""
+
+    def __init__(self, vae: "AutoencoderKLWan"):
+        self._vae = vae
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return wan_vae.encode(self._vae, pixels)
+
+    def to(self, device: torch.device) -> "WanEncoder":
+        nn.Module.to(self._vae, device)
+        return self
+
+
+class WanDecoder:
+    """Wan's decoder, of a VAE that may have lost its encoder."""
+
+    def __init__(self, vae: "AutoencoderKLWan"):
+        self._vae = vae
+
+    def __call__(self, latents: Tensor) -> Iterator[Tensor]:
+        yield wan_vae.decode(self._vae, latents)
+
+    def to(self, device: torch.device) -> "WanDecoder":
+        nn.Module.to(self._vae, device)
+        return self
+
+
+class AudioCodec(Movable, Protocol):
     """Sound to latents, 25 a second, and back."""
 
     def encode(self, wave: Tensor, draw: Callable[[Sequence[int]], Tensor]) -> Tensor:
@@ -41,7 +91,12 @@ class OobleckCodec:
     """Stable Audio's autoencoder as a codec."""
 
     def __init__(self, vae: "AutoencoderOobleck"):
-        self._vae = vae
+        """The norms of its weights are multiplied in: they are not made anew, and held beside, at each call."""
+        self._vae = audio_vae.without_weight_norm(vae)
+
+    def to(self, device: torch.device) -> "OobleckCodec":
+        self._vae.to(device)
+        return self
 
     def encode(self, wave: Tensor, draw: Callable[[Sequence[int]], Tensor]) -> Tensor:
         return audio_vae.encode(self._vae, wave, draw)
@@ -50,16 +105,14 @@ class OobleckCodec:
         return audio_vae.decode(self._vae, latents)
 
 
-class Source(Protocol):
-    """Builds parts on the engine's device; each method is called at most once for each part."""
+class Source(PartSizes, Protocol):
+    """Builds parts on the engine's device, anew at each call, and keeps none of them."""
 
     notes: tuple[str, ...]  # what every result made from this source should say
 
     def models(self) -> tuple[ModelName, ...]:
         """The DiTs that are there."""
         ...
-
-    def config(self, name: ModelName) -> DiTConfig: ...
 
     def weights(self, name: ModelName) -> Mapping[str, Tensor]:
         """A DiT's parameters and buffers by name, in its dtypes, read when they are asked for, on any device."""
@@ -70,10 +123,6 @@ class Source(Protocol):
     def image_encoder(self) -> ImageEncoder: ...
 
     def video_decoder(self) -> VideoDecoder: ...
-
-    def decode_bytes(self, grid: Grid) -> int:
-        """What the video decoder will need beside its weights, before it is loaded."""
-        ...
 
     def audio_codec(self) -> AudioCodec: ...
 

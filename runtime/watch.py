@@ -27,7 +27,7 @@ class Watch:
 
     def steps(self, stage: str, count: int) -> Iterator[int]:
         """Count through a stage's steps. Raises Cancelled before the step that the caller no longer wants."""
-        with self._clock(stage):
+        with self.clock(stage):
             for i in range(count):
                 self._report(Progress(stage, i, count))
                 yield i
@@ -48,7 +48,8 @@ class Watch:
         return Timings(dict(self._seconds), peak)
 
     @contextmanager
-    def _clock(self, stage: str) -> Iterator[None]:
+    def clock(self, stage: str) -> Iterator[None]:
+        """Count what is done to a stage's time."""
         start = self._now()
         yield
         self._seconds[stage] = self._seconds.get(stage, 0.0) + self._now() - start

@@ -153,6 +153,15 @@ def build(
     return vae.eval().requires_grad_(False)
 
 
+def without_weight_norm(vae: AutoencoderOobleck) -> AutoencoderOobleck:
+    """The same autoencoder, changed in place: each weight is multiplied with its norm once, to the same bits."""
+    with torch.no_grad():
+        for module in vae.modules():
+            if hasattr(module, "weight_g"):
+                nn.utils.remove_weight_norm(module)
+    return vae.requires_grad_(False)
+
+
 def encode(vae: AutoencoderOobleck, wave: Tensor, draw_noise: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
     """Stereo sound [2, S] at 51.2 kHz to latents float32 [1, A, 64], 25 a second.
 

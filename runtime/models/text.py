@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 import zlib
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import T5GemmaConfig
 
 MAX_TOKENS = 640
 READ_TOKENS = 4096  # T5Gemma's attention window
@@ -37,6 +41,42 @@ class TextEncoder(Protocol):
 
     def __call__(self, prompt: str) -> TextFeatures: ...
 
+    def to(self, device: torch.device) -> TextEncoder: ...
+
+
+_ALLOWED = "a T5Gemma checkpoint with config.json, its tokenizer and whole safetensors files"
+
+
+def t5gemma_config(folder: str | Path | None = None) -> T5GemmaConfig:
+    """The configuration of a checkpoint; without a folder, of t5gemma-9b-9b-ul2, whose halves are Gemma 2 of 9 B.
+
+    Raises ValueError if the folder holds none.
+    """
+    from transformers import T5GemmaConfig, T5GemmaModuleConfig
+
+    if folder is None:
+        widths = {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "vocab_size": 256_000}
+        half = T5GemmaModuleConfig(**widths, num_attention_heads=16, num_key_value_heads=8, head_dim=256)
+        return T5GemmaConfig(encoder=half, decoder=half, vocab_size=256_000)
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        if values.get("model_type") != "t5gemma":
+            raise ValueError(f"model_type {values.get('model_type')!r} in config.json")
+        return T5GemmaConfig.from_dict(values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"folder: got {str(folder)!r} ({said}), allowed: {_ALLOWED}") from error
+
+
+def t5gemma_on_meta(config: T5GemmaConfig) -> nn.Module:
+    """The encoder half in bfloat16, without weights."""
+    from transformers import T5GemmaEncoderModel
+
+    config.is_encoder_decoder = False
+    with torch.device("meta"):
+        model: nn.Module = T5GemmaEncoderModel(config).to(torch.bfloat16)
+    return model
+
 
 class T5GemmaEncoder:
     """The encoder half of T5Gemma in bfloat16, from a local folder; nothing is downloaded and no pickle is read.
@@ -49,11 +89,10 @@ class T5GemmaEncoder:
         from safetensors import SafetensorError
         from transformers import AutoTokenizer, T5GemmaEncoderModel
 
-        allowed = "a T5Gemma checkpoint with config.json, its tokenizer and whole safetensors files"
         # transformers would take a wrong path for a model on the hub, and make up a tokenizer where there is none.
         there = {file.name for file in Path(folder).glob("*")}
         if "config.json" not in there or not there & {"tokenizer.json", "tokenizer.model"}:
-            raise ValueError(f"folder: got {str(folder)!r} without config.json or tokenizer, allowed: {allowed}")
+            raise ValueError(f"folder: got {str(folder)!r} without config.json or tokenizer, allowed: {_ALLOWED}")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model, report = T5GemmaEncoderModel.from_pretrained(
@@ -66,16 +105,22 @@ class T5GemmaEncoder:
             )
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             said = " ".join(str(error).split())[:200]
-            raise ValueError(f"folder: got {str(folder)!r} ({said}), allowed: {allowed}") from error
+            raise ValueError(f"folder: got {str(folder)!r} ({said}), allowed: {_ALLOWED}") from error
         # transformers fills missing weights with random numbers and only logs it.
         if missing := sorted(report["missing_keys"]):
             named = ", ".join(missing[:8])
-            raise ValueError(f"folder: got {str(folder)!r} without {len(missing)} weights: {named}, allowed: {allowed}")
+            raise ValueError(
+                f"folder: got {str(folder)!r} without {len(missing)} weights: {named}, allowed: {_ALLOWED}"
+            )
         self.model = model.to(device).eval()
         for name, weight in self.model.named_parameters():
             if not all(torch.isfinite(bound) for bound in torch.aminmax(weight)):
                 raise ValueError(f"folder: got {str(folder)!r} with NaN or infinite {name}, allowed: finite weights")
         self.width: int = model.get_input_embeddings().embedding_dim
+
+    def to(self, device: torch.device) -> T5GemmaEncoder:
+        self.model.to(device)
+        return self
 
     @torch.no_grad()
     def __call__(self, prompt: str) -> TextFeatures:
@@ -114,6 +159,12 @@ class HashedWordEncoder:
         self.proj = draw(width, width, 1 / width)
         self.up = draw(width, 4 * width, 1 / width)
         self.down = draw(4 * width, width, 1 / (4 * width))
+
+    def to(self, device: torch.device) -> HashedWordEncoder:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
 
     def __call__(self, prompt: str) -> TextFeatures:
         """Rows of root mean square 1: one for the beginning of the text, one for each word, sign or CJK character."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ LATENT_STD = (
 )
 CHANNELS = len(LATENT_MEAN)
 STRIDE = (4, 16, 16)
+Half = Literal["encoder", "decoder"]
+ENCODER, DECODER = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")  # modules of the halves
 
 # Released key -> diffusers key, applied in this order; each rule takes a whole path component. (spec: vae.md §2)
 _RENAMES = tuple(
@@ -97,6 +99,13 @@ def build(
         )
     nn.Module.to(vae, dtype)  # diffusers' own `to` warns about float32 modules that this model does not have
     return vae.eval().requires_grad_(False)
+
+
+def halved(vae: AutoencoderKLWan, half: Half) -> AutoencoderKLWan:
+    """The same VAE, changed in place, without its other half's modules."""
+    for name in ENCODER if half == "decoder" else DECODER:
+        setattr(vae, name, nn.Identity())
+    return vae
 
 
 def encode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:

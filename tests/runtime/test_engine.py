@@ -9,6 +9,7 @@ from PIL import Image
 
 from horsepower import Cancelled, Engine, Progress, Request
 from horsepower.runtime import engine as engine_module
+from horsepower.runtime.phases import audio_latents
 from horsepower.runtime.pipeline import BaseGuidance, Stage
 
 SMALL = {"resolution": (64, 32), "duration": 0.6, "num_inference_steps": 2}
@@ -207,7 +208,7 @@ def test_settings_by_default(foal, base):
 
 @pytest.mark.parametrize(("duration", "latents"), [(0.2, 6), (1.16, 30), (2, 51), (4.6, 116), (8.2, 206)])
 def test_a_duration_is_not_cut_by_binary_fractions(duration, latents):
-    assert engine_module._audio_latents(request(duration=duration)) == latents
+    assert audio_latents(request(duration=duration)) == latents
 
 
 def test_guided_super_resolution(foal):
@@ -246,9 +247,9 @@ def test_bad_engines(arguments, field):
 
 
 def test_a_clip_beyond_memory_is_refused_before_any_work(foal, monkeypatch):
-    monkeypatch.setattr(engine_module.memory, "free_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr(engine_module.memory, "free_bytes", lambda device: 10_000_000 - foal._parts.bytes)
     seen = []
-    with pytest.raises(ValueError, match="^resolution, duration: got 448x256 .* allowed: what fits 0.0 GiB free"):
+    with pytest.raises(ValueError, match="^resolution, duration: got 448x256 .* allowed: what fits 0.0 GiB of cpu"):
         foal.run(Request(prompt="A horse"), seen.append)
     assert not seen
 

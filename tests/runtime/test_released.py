@@ -69,7 +69,10 @@ def test_the_parts_hold_the_files_values(converted):
     assert all(torch.equal(dit[key], value.to(dit[key].dtype)) for key, value in state.items())
     assert source.config("1080p_sr").local_attn_layers == (0, 1, 2, 4)
     wan = load_file(converted / "Wan2.2-TI2V-5B" / "Wan2.2_VAE.safetensors")
-    vae = source._wan.state_dict()
+    halves = [source._wan(half).state_dict() for half in ("encoder", "decoder")]
+    assert not set(halves[0]) & set(halves[1])
+    vae = halves[0] | halves[1]
+    assert len(vae) == len(wan)
     assert all(torch.equal(vae[wan_vae.rename(key)], value.to(BF16)) for key, value in wan.items())
 
 
@@ -80,7 +83,14 @@ def test_diffusers_folders_are_taken_as_they_are(converted, copy):
     shutil.rmtree(copy / "turbo_vae")
     want_pixels = list(ReleasedFolder(copy, CPU, BF16).video_decoder()(latents))
     want_wave = source.audio_codec().decode(sound)
-    for part, vae in (("Wan2.2-TI2V-5B", source._wan), ("stable-audio-open-1.0", source.audio_codec()._vae)):
+    wan = wan_vae.build("cpu", BF16, encoder_width=8, decoder_width=8)
+    state = load_file(converted / "Wan2.2-TI2V-5B" / "Wan2.2_VAE.safetensors")
+    wan.load_state_dict({wan_vae.rename(key): value for key, value in state.items()})
+    audio, prefix = audio_vae.build("cpu", encoder_width=4, decoder_width=4, multipliers=(1,) * 5), "pretransform.model."
+    state = load_file(converted / "stable-audio-open-1.0" / "model.safetensors")
+    ours = {audio_vae.rename(k.removeprefix(prefix)): x for k, x in state.items() if k.startswith(prefix)}
+    audio.load_state_dict({key: ours[key].reshape(x.shape) for key, x in audio.state_dict().items()})
+    for part, vae in (("Wan2.2-TI2V-5B", wan), ("stable-audio-open-1.0", audio)):
         shutil.rmtree(copy / part)
         vae.save_pretrained(copy / part / "vae")
     again = ReleasedFolder(copy, CPU, BF16)
