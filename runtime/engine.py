@@ -216,13 +216,16 @@ class Engine:
         needed, phase = least(parts, phases)
         memory.check_fits(needed, budget, grid, phase.name, self.device)
         parts = {**self._parts.parts, **parts}
-        host = 0 if self.device.type == "cpu" else memory.free_bytes(HOST) + self._parts.host_bytes
-        return state(parts, phases, budget, host, self._parts.there, self._parts.waiting), parts
+        return state(parts, phases, budget, self._host_room(), self._parts.there, self._parts.waiting), parts
 
     def _budget(self) -> int:
         """Bytes of the device that are the engine's, those that it holds by now with them."""
         free = memory.free_bytes(self.device) + self._parts.bytes
         return free if self._device_memory is None else min(free, self._device_memory)
+
+    def _host_room(self) -> int:
+        """Bytes for parts that wait, those that wait by now with them; a CPU has no memory but the device's."""
+        return 0 if self.device.type == "cpu" else memory.free_bytes(HOST) + self._parts.host_bytes
 
     @contextmanager
     def _phase(self, job: Job, name: str) -> Iterator[None]:
@@ -244,8 +247,7 @@ class Engine:
         phases = (Phase(f"model {self.model}", (self.model,)), Phase(TEXT, (TEXT,)))
         for phase in phases:
             memory.check_loads(phase.name, least(parts, (phase,))[0], self._budget(), self.device)
-        host = 0 if self.device.type == "cpu" else memory.free_bytes(HOST)
-        for turn in state(parts, phases, self._budget(), host).turns:
+        for turn in state(parts, phases, self._budget(), self._host_room()).turns:
             self._parts.follow(turn, parts)
 
     def _check_models(self, request: Request, picture: Sizes) -> None:

@@ -65,7 +65,7 @@ def activation_bytes(config: DiTConfig, grid: Grid, text: int = MAX_TOKENS) -> i
     widest = max(32 * config.swiglu7_width, 18 * config.gelu7_width)
     if config.mm_layers:
         widest = max(36 * config.swiglu7_width, widest)
-    return (grid.video + grid.audio + text) * (6 * config.hidden_size + widest)
+    return (grid.video + grid.audio + text) * (11 * config.hidden_size + widest)
 
 
 def eager_bytes(config: DiTConfig, dtype: torch.dtype, grid: Grid) -> DiTBytes:
@@ -149,7 +149,7 @@ def wan_decode_bytes(width: int, grid: Grid, dtype: torch.dtype) -> int:
 
 def audio_decode_bytes(width: int, latents: int) -> int:
     """Peak of Stable Audio's decoder, float32; width: of its last layer."""
-    return (36_864 * width + 256) * latents
+    return (36_864 * width + 256) * latents + 4096
 
 
 def audio_encode_bytes(width: int, latents: int) -> int:

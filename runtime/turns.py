@@ -56,7 +56,8 @@ class MemoryStatement:
     """What a request takes, phase by phase; `print` it."""
 
     turns: tuple[Turn, ...]
-    budget: int | None  # bytes of the device that are the engine's; None: as many as it takes
+    budget: int  # bytes of the device that are the engine's
+    least: int  # bytes without which not even turns would do
     alternating: tuple[str, ...]  # parts that do not stay
 
     @property
@@ -79,14 +80,12 @@ class MemoryStatement:
         if not self.alternating:
             return ()
         where = "on the host" if any(turn.host for turn in self.turns) else "in their files"
-        within = "" if self.budget is None else f" within {_gb(self.budget)}"
-        return (f"memory: {', '.join(self.alternating)} take turns{within}, waiting {where}",)
+        return (f"memory: {', '.join(self.alternating)} take turns within {_gb(self.budget)}, waiting {where}",)
 
     def text(self) -> str:
         """One line a phase, in GB (10^9 bytes)."""
-        within = "" if self.budget is None else f" of {_gb(self.budget)}"
         waits = f"; {_gb(self.host_peak)} on the host" if self.host_peak else ""
-        lines = [f"memory: peak {_gb(self.peak)}{within}, in {self.fullest.phase}{waits}"]
+        lines = [f"memory: peak {_gb(self.peak)} of {_gb(self.budget)}, in {self.fullest.phase}{waits}"]
         width = max(len(turn.phase) for turn in self.turns)
         for turn in self.turns:
             parts = " + ".join(f"{name} {_gb(size)}" for name, size in turn.device.items())
@@ -101,7 +100,9 @@ class MemoryStatement:
 
 
 def _gb(size: int) -> str:
-    return f"{size / GB:.2f} GB" if size >= GB else f"{size / 1e6:.1f} MB"
+    """In the largest of GB (10^9 bytes), MB, kB and B of which there is a tenth."""
+    unit, name = next(((n, name) for n, name in ((GB, "GB"), (10**6, "MB"), (1000, "kB")) if 10 * size >= n), (1, "B"))
+    return f"{size / unit:.1f} {name}"
 
 
 def least(parts: Mapping[str, Part], phases: Sequence[Phase]) -> tuple[int, Phase]:
@@ -122,9 +123,10 @@ def state(
     budget: None takes the least that will do. there, waiting: parts that lie on the device and on the host already.
     Raises ValueError if not even turns fit.
     """
-    room = least(parts, phases)[0] if budget is None else budget
-    if (missing := least(parts, phases)[0] - room) > 0:
-        raise ValueError(f"device_memory: got {room} bytes, allowed: at least {room + missing}; {missing} are missing")
+    needed = least(parts, phases)[0]
+    room = needed if budget is None else budget
+    if needed > room:
+        raise ValueError(f"device_memory: got {room} bytes, allowed: at least {needed}; {needed - room} are missing")
     kept = _kept(parts, phases, room)
     homes = _homes(parts, set(parts) - kept, host, waiting)
     lying, turns = list(there), []
@@ -139,7 +141,7 @@ def state(
         resting = {name: parts[name].bytes for name in parts if name in outside}
         turns.append(Turn(phase.name, device, phase.activations, loading, resting, tuple(leaves), tuple(comes)))
     alternating = tuple(name for name, part in parts.items() if name not in kept and part.arena_of is None)
-    return MemoryStatement(tuple(turns), budget, alternating)
+    return MemoryStatement(tuple(turns), room, needed, alternating)
 
 
 def _loading(part: Part) -> int:

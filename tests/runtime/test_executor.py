@@ -1,5 +1,6 @@
 """The arena: what a plan states is what is there, nothing else is allocated, and nothing stale is read."""
 
+import weakref
 from functools import cache
 
 import pytest
@@ -190,3 +191,49 @@ def test_a_watched_twin_executes_what_it_is_told_and_leaves_the_first_alone():
     seen.clear()
     run(*inputs)
     assert seen == []
+
+
+def test_memory_is_given_back_and_taken_anew():
+    model, run = made_velocity("default")
+    inputs = velocity_inputs(model)
+    with torch.no_grad():
+        want = run(*inputs)
+        assert run.arena_bytes > 0
+        arena = weakref.ref(run._run._idle[0]._memory.untyped_storage())
+        run.drop_arenas()
+        assert run.arena_bytes == 0
+        assert arena() is None
+        assert all(torch.equal(a, b) for a, b in zip(run(*inputs), want, strict=True))
+
+
+class Halves(nn.Module):
+    """Two weights that share memory once they are loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        return x @ self.weight[:2].T @ self.weight[4:, :2]
+
+
+def test_weights_move_as_they_lie():
+    """What shares memory shares it there; back from where values are kept, they are the same."""
+    module, x = Halves(), torch.randn(3, 4)
+    run = horsepower.compile(module, (x,))
+
+    def places(executor):
+        made = [x for x in executor._fixed.values() if isinstance(x, torch.Tensor)]
+        first = {}  # which storage, in the order in which they are met
+        order = [first.setdefault(x.untyped_storage()._cdata, len(first)) for x in made]
+        size = sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in made}.values())
+        return [(x.shape, x.stride(), x.storage_offset(), n) for x, n in zip(made, order, strict=True)], size
+
+    with torch.no_grad():
+        run(x)
+    before = places(run._run)
+    assert len({n for *_, n in before[0]}) < len(before[0])
+    run.to(torch.device("meta"))
+    assert places(run._run) == before
+    assert all(x.is_meta for x in run._run._fixed.values())
+    assert run.arena_bytes == 0

@@ -1,20 +1,18 @@
 """Which mode an engine takes where, on GPUs that are played by the CPU."""
 
-import contextlib
-
 import pytest
 import torch
 
 from horsepower import Engine, Request
 from horsepower.bench import step
 from horsepower.bench.step import Tokens
-from horsepower.runtime import compiled, engine
+from horsepower.runtime import compiled, engine, memory
 from horsepower.runtime.foal import Foal
 from horsepower.runtime.fused import FusedDiT, conditioner, velocity_sizes
-from horsepower.runtime.presets import sizes
+from horsepower.runtime.presets import FOAL
 from horsepower.runtime.tokens import Grid
 
-TOKENS = Tokens(2, 3, 4)
+LONG = Tokens(600, 30, 640)
 REQUEST = Request(prompt="a horse", duration=0.2, resolution=(64, 32), num_inference_steps=1)
 
 
@@ -38,7 +36,7 @@ def test_a_gpu_with_kernels_runs_its_own_plan(monkeypatch):
     for module in (engine, compiled):
         monkeypatch.setattr(module, "target_of", lambda device: "sm_90")
     gpu = Engine.from_pretrained("foal")
-    model, dit = gpu._planned("distill")[0], gpu._dit("distill")
+    model, dit = gpu._planned("distill")[0], gpu._parts["distill"]
     assert (gpu.mode, dit.compiled.plan.target) == ("fused", "sm_90")
     assert isinstance(dit, FusedDiT)
     assert all(x.is_meta for x in model.state_dict().values())  # it has no weights of its own
@@ -51,25 +49,43 @@ def test_memory_is_what_the_plan_states(monkeypatch):
     monkeypatch.setattr(engine, "target_of", lambda device: "sm_90")
     gpu = Engine.from_pretrained("foal")
     plan, grid = gpu._planned("540p_sr")[1], Grid.of(896, 512, 126)
-    stated = plan.at(velocity_sizes((grid.video, grid.audio, 640), grid.frames)).peak
-    assert gpu._weight_bytes("540p_sr") == plan.load_bytes
-    assert gpu._activation_bytes("540p_sr", grid) == stated > 10**7
-    assert "540p_sr" not in gpu._dits  # nothing of it is there for that
-    held = gpu._dit("distill").compiled
-    small = Grid.of(64, 32, 10)
-    before = gpu._activation_bytes("distill", small)
-    with torch.no_grad():
-        held(*step.inputs(conditioner(gpu._planned("distill")[0], gpu._source.weights("distill"), "cpu"), TOKENS))
-    assert 0 < held.arena_bytes == before - gpu._activation_bytes("distill", small)
+    layout = plan.at(velocity_sizes((grid.video, grid.audio, 640), grid.frames))
+    request = Request(prompt="a horse", resolution="540p")
+    turn = next(each for each in gpu.memory(request).turns if each.phase == "super-resolution")
+    assert "540p_sr" not in gpu._parts.there  # nothing of it is there for that
+    copied = 3 * memory.latent_bytes(grid) + memory.condition_bytes(FOAL, grid)
+    assert turn.device["540p_sr arena"] - copied == layout.arena > 10**7
+    assert turn.activations["540p_sr"] == layout.peak - layout.arena + memory.stage_bytes(FOAL, grid, "unipc", 1)
+    dit = gpu._dit("540p_sr")
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(dit)}
+    assert turn.device["540p_sr"] == sum(held.values())
 
-    needed = plan.load_bytes + stated
-    monkeypatch.setattr(gpu._source, "decode_bytes", lambda grid: 0)
-    monkeypatch.setattr(engine.memory, "picture_bytes", lambda grid: 0)
-    for free, fits in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(engine.memory, "free_bytes", lambda device, free=free: free)
-        refused = contextlib.nullcontext() if fits else pytest.raises(ValueError, match="needs about .* are missing")
-        with refused:
-            gpu._check_picture(Request(prompt="a horse", resolution="540p"), sizes("540p"))
+
+def tensors_of(dit):
+    """Those that a model's steps read, and its condition."""
+    condition = [x for x in dit.condition.__self__.state_dict().values() if not x.is_meta]
+    return [*condition, *(x for x in dit.compiled._run._fixed.values() if isinstance(x, torch.Tensor))]
+
+
+def test_an_arena_of_a_larger_clip_counts(monkeypatch):
+    monkeypatch.setattr(engine, "target_of", lambda device: "sm_90")
+    gpu = Engine.from_pretrained("foal")
+    small = Grid.of(64, 32, 10)
+    before = gpu._dit_bytes("distill", small, 1)
+    held = gpu._parts["distill"].compiled
+    with torch.no_grad():
+        held(*step.inputs(conditioner(gpu._planned("distill")[0], gpu._source.weights("distill"), "cpu"), LONG))
+    assert before.arena < held.arena_bytes == gpu._dit_bytes("distill", small, 1).arena
+
+
+def test_what_is_missing_is_said_to_the_byte(monkeypatch):
+    gpu = Engine.from_pretrained("foal")
+    needed = gpu.memory(REQUEST).least
+    monkeypatch.setattr(gpu, "_device_memory", needed)
+    assert gpu.memory(REQUEST).peak <= needed
+    monkeypatch.setattr(gpu, "_device_memory", needed - 1)
+    with pytest.raises(ValueError, match="needs about .* GiB in base, allowed: .* are missing"):
+        gpu.memory(REQUEST)
 
 
 @pytest.mark.parametrize("mode", ["fused", "eager"])
@@ -79,7 +95,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch, m
 
     monkeypatch.setattr(Foal, "weights", read)
     monkeypatch.setattr(engine.memory, "free_bytes", lambda device: 2**20)
-    missing = r"^model distill: got 0\.1 GiB of weights, allowed: what fits 0\.0 GiB free on cpu; 0\.1 GiB are missing$"
+    missing = r"^model distill: got 0\.1 GiB of weights, allowed: what fits 0\.0 GiB of cpu; 0\.1 GiB are missing$"
     with pytest.raises(ValueError, match=missing):
         Engine.from_pretrained("foal", mode=mode)
 

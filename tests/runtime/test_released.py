@@ -86,7 +86,10 @@ def test_diffusers_folders_are_taken_as_they_are(converted, copy):
     wan = wan_vae.build("cpu", BF16, encoder_width=8, decoder_width=8)
     state = load_file(converted / "Wan2.2-TI2V-5B" / "Wan2.2_VAE.safetensors")
     wan.load_state_dict({wan_vae.rename(key): value for key, value in state.items()})
-    audio, prefix = audio_vae.build("cpu", encoder_width=4, decoder_width=4, multipliers=(1,) * 5), "pretransform.model."
+    audio, prefix = (
+        audio_vae.build("cpu", encoder_width=4, decoder_width=4, multipliers=(1,) * 5),
+        "pretransform.model.",
+    )
     state = load_file(converted / "stable-audio-open-1.0" / "model.safetensors")
     ours = {audio_vae.rename(k.removeprefix(prefix)): x for k, x in state.items() if k.startswith(prefix)}
     audio.load_state_dict({key: ours[key].reshape(x.shape) for key, x in audio.state_dict().items()})

@@ -1,0 +1,120 @@
+"""Parts of an engine that take turns: who lies where when; clips do not depend on it. On a GPU if there is one."""
+
+import weakref
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from gpu import DEVICE
+from horsepower import Engine, Request
+from horsepower.runtime.executor import weights_of
+from horsepower.runtime.foal import Foal
+from horsepower.runtime.fused import FusedDiT, plan_velocity
+from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.presets import FOAL_MODELS
+from horsepower.runtime.residence import Residence
+from horsepower.runtime.turns import Part, Phase, state
+from models import TINY, random_model
+
+CPU = torch.device("cpu")
+MODELS = ("distill", "540p_sr")
+
+
+@pytest.fixture(autouse=True)
+def _few_layers(monkeypatch):
+    few = {"num_layers": 3, "mm_layers": (0, 2), "gelu7_layers": (0,), "local_attn_layers": ()}
+    for name, config in FOAL_MODELS.items():
+        monkeypatch.setitem(FOAL_MODELS, name, replace(config, **few))
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """How often the weights of each model were made."""
+    counted, weights = Counter(), Foal.weights
+
+    def count(self, name):
+        counted[name] += 1
+        return weights(self, name)
+
+    monkeypatch.setattr(Foal, "weights", count)
+    return counted
+
+
+@pytest.mark.parametrize(("mode", "room"), [("fused", 0), ("fused", 10**9), ("eager", 10**9)])
+def test_a_clip_made_in_turns_is_the_clip(loads, monkeypatch, mode, room):
+    """Parts wait on the host and come back without being made again; where it has no room, they are made again."""
+    monkeypatch.setattr(Engine, "_host_room", lambda self: room)
+    image = Image.new("RGB", (64, 64), "red")
+    request = Request(
+        prompt="A horse at sunset", resolution=(480, 512), duration=0.2, num_inference_steps=1, image=image
+    )
+    wide = Engine.from_pretrained("foal", device=DEVICE, mode=mode)
+    clip, least = wide.run(request), wide.memory(request).least
+    assert not any(note.startswith("memory") for note in clip.notes)
+
+    tight = Engine.from_pretrained("foal", device=DEVICE, mode=mode, device_memory=least)
+    stated, seen = tight.memory(request), {}
+    assert {"text encoder", "image encoder", "audio codec", *MODELS} <= set(stated.alternating)
+
+    def watch(progress):
+        parts = tight._parts
+        seen[progress.stage] = (set(parts.there), parts.waiting, parts.bytes)
+
+    loads.clear()
+    first, second = tight.run(request, watch), tight.run(request)
+    assert dict(loads) == ({"540p_sr": 1} if room else {"distill": 2, "540p_sr": 2})
+    assert clip == first == second
+    assert stated.notes[0] in first.notes
+    assert list(seen) == [turn.phase for turn in stated.turns]
+    for turn in stated.turns:
+        there, waiting, held = seen[turn.phase]
+        assert (there, waiting) == (set(turn.device), set(turn.host))
+        assert held == sum(turn.device.values()) <= turn.peak <= least
+
+
+def tiny(name):
+    meta, model = DiT(TINY, torch.float32, "meta"), random_model(TINY, torch.float32)
+    return FusedDiT(meta, plan=plan_velocity(meta, CPU), weights=weights_of(model))
+
+
+def storages(dit):
+    return [x.untyped_storage() for x in dit.compiled._run._fixed.values() if isinstance(x, torch.Tensor)]
+
+
+def test_what_gives_way_is_freed_at_once():
+    """Nothing keeps a model that is to be read again, no cycle of references either."""
+    parts, phases = {"a": Part(2), "b": Part(3)}, (Phase("one", ("a",)), Phase("two", ("b",)))
+    one, two = state(parts, phases, 3, 0).turns
+    residence = Residence(CPU, tiny)
+    residence.follow(one, parts)
+    assert (residence.there, residence.bytes) == (("a",), 2)
+    weights = [weakref.ref(each) for each in storages(residence["a"])]
+    assert all(each() is not None for each in weights)
+    residence.follow(two, parts)
+    assert all(each() is None for each in weights)
+    assert (residence.there, residence.waiting, residence.bytes, residence.host_bytes) == (("b",), frozenset(), 3, 0)
+
+
+def test_a_part_whose_move_fails_is_read_again():
+    class Heavy:
+        def to(self, device):
+            raise torch.OutOfMemoryError("the host is full")
+
+    made = []
+
+    def load(name):
+        made.append(name)
+        return Heavy()
+
+    parts, phases = {"a": Part(2), "b": Part(3)}, (Phase("one", ("a",)), Phase("two", ("b",)))
+    one, two = state(parts, phases, 3, 99).turns
+    residence = Residence(CPU, load)
+    residence.follow(one, parts)
+    with pytest.raises(torch.OutOfMemoryError):
+        residence.follow(two, parts)
+    assert (residence.there, residence.waiting) == ((), frozenset())
+    residence.follow(one, parts)
+    assert made == ["a", "a"]
