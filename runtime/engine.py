@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,12 +23,20 @@ from horsepower.runtime.memory import DiTBytes
 from horsepower.runtime.models.audio_vae import CODEC_RATE, OUTPUT_RATE, STRIDE
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.text import TextEncoder
-from horsepower.runtime.phases import AUDIO, IMAGE, TEXT, VIDEO, audio_latents, phases_of, with_frames
+from horsepower.runtime.phases import (
+    AUDIO,
+    IMAGE,
+    TEXT,
+    VIDEO,
+    audio_latents,
+    base_stage,
+    phases_of,
+    super_resolution_stage,
+    with_frames,
+)
 from horsepower.runtime.pipeline import (
-    BaseGuidance,
     Latents,
     Stage,
-    SuperResolutionGuidance,
     Texts,
     denoise,
     prepare,
@@ -50,7 +58,6 @@ if TYPE_CHECKING:
 
 MODES = ("fused", "eager")
 DTYPES = (torch.bfloat16, torch.float32)
-SUPER_RESOLUTION = Stage("super-resolution", steps=5, sampler="unipc", coords="v1")
 
 
 class Conditions(NamedTuple):
@@ -154,7 +161,7 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise ValueError(f"request: got {type(request).__name__}, allowed: a Request")
-        stage, picture = self._stage(request), sizes(request.resolution)
+        stage, picture = base_stage(request, self.model), sizes(request.resolution)
         with self._turn(cancel), torch.no_grad():
             statement, parts = self._state(request, picture)
             watch = Watch(self.device, on_progress, cancel)
@@ -183,32 +190,19 @@ class Engine:
             self._owner = None
             self._lock.release()
 
-    def _stage(self, request: Request) -> Stage:
-        """How the base stage runs. Raises ValueError for what only the base model understands."""
-        if self.model == "distill":
-            guided_later = request.super_resolution_guidance is not None
-            for name in ("guidance", "sampler", *(() if guided_later else ("negative_prompt",))):
-                if (value := getattr(request, name)) is not None:
-                    raise ValueError(f"{name}: got {value!r}, allowed: None with the distilled model")
-            return Stage("base", request.num_inference_steps or 8, "distilled")
-        guidance = BaseGuidance() if request.guidance is None else BaseGuidance(request.guidance, request.guidance)
-        return Stage("base", request.num_inference_steps or 32, request.sampler or "unipc", guidance)
-
     def memory(self, request: Request) -> MemoryStatement:
         """What `run` would take, phase by phase, from what lies where now; nothing is loaded for it.
 
         Waits for a request that runs. Raises ValueError as `run` does, with the bytes that are missing if not even
         parts that take turns fit.
         """
-        self._stage(request)
         with self._turn(None):
             return self._state(request, sizes(request.resolution))[0]
 
     def _state(self, request: Request, picture: Sizes) -> tuple[MemoryStatement, dict[str, Part]]:
         """And the parts, with those that are there of other requests. Raises ValueError."""
         self._check_models(request, picture)
-        stages = (self._stage(request), _super_resolution(request))
-        parts, phases = phases_of(request, stages, self.model, picture, self._source, self._dit_bytes)
+        parts, phases = phases_of(request, self.model, picture, self._source, self._dit_bytes)
         grid = Grid.of(*picture.final, audio_latents(request))
         if self.device.type == "cpu":
             phases = with_frames(phases, grid)
@@ -322,7 +316,7 @@ class Engine:
 
     def _super_resolve(self, job: Job, latents: Latents, texts: Texts, given: Conditions) -> Latents:
         """The super-resolution stage of pictures that have one."""
-        picture, stage = job.picture, _super_resolution(job.request)
+        picture, stage = job.picture, super_resolution_stage(job.request)
         assert picture.super_resolution
         self._enter(job, stage.name)
         grid, model = Grid.of(*picture.final, latents.grid.audio), self._parts[picture.super_resolution]
@@ -438,11 +432,6 @@ def _bytes(device_memory: int | None) -> int | None:
     if device_memory is not None and not (whole and device_memory > 0):
         raise ValueError(f"device_memory: got {device_memory!r}, allowed: a positive number of bytes, or None")
     return device_memory
-
-
-def _super_resolution(request: Request) -> Stage:
-    scale = request.super_resolution_guidance
-    return SUPER_RESOLUTION if scale is None else replace(SUPER_RESOLUTION, guidance=SuperResolutionGuidance(scale))
 
 
 def _rounding(request: Request, picture: Sizes) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from horsepower.runtime.memory import DiTBytes, PartBytes, picture_bytes, stage_bytes
 from horsepower.runtime.models.dit_config import DiTConfig
-from horsepower.runtime.pipeline import Stage
+from horsepower.runtime.pipeline import BaseGuidance, Stage, SuperResolutionGuidance
 from horsepower.runtime.presets import ModelName, Sizes
 from horsepower.runtime.request import Request
 from horsepower.runtime.tokens import FPS, Grid
@@ -46,13 +46,29 @@ def audio_latents(request: Request) -> int:
     return int(round(request.duration * FPS, 6)) + 1  # rounded first: 4.6 * 25 is 114.99... in binary
 
 
-def phases_of(
-    request: Request, stages: tuple[Stage, Stage], model: ModelName, picture: Sizes, source: PartSizes, dit: DiTMemory
-) -> tuple[dict[str, Part], tuple[Phase, ...]]:
-    """The parts that a request needs, and its phases in their order.
+def base_stage(request: Request, model: ModelName) -> Stage:
+    """How the base stage runs. Raises ValueError for what only the base model understands."""
+    if model == "distill":
+        guided_later = request.super_resolution_guidance is not None
+        for name in ("guidance", "sampler", *(() if guided_later else ("negative_prompt",))):
+            if (value := getattr(request, name)) is not None:
+                raise ValueError(f"{name}: got {value!r}, allowed: None with the distilled model")
+        return Stage("base", request.num_inference_steps or 8, "distilled")
+    guidance = BaseGuidance() if request.guidance is None else BaseGuidance(request.guidance, request.guidance)
+    return Stage("base", request.num_inference_steps or 32, request.sampler or "unipc", guidance)
 
-    stages: of the base model and of super-resolution.
-    """
+
+def super_resolution_stage(request: Request) -> Stage:
+    """How super-resolution runs."""
+    scale = request.super_resolution_guidance
+    guidance = None if scale is None else SuperResolutionGuidance(scale)
+    return Stage("super-resolution", 5, "unipc", guidance, "v1")
+
+
+def phases_of(
+    request: Request, model: ModelName, picture: Sizes, source: PartSizes, dit: DiTMemory
+) -> tuple[dict[str, Part], tuple[Phase, ...]]:
+    """The parts that a request needs, and its phases in their order. Raises ValueError as `base_stage`."""
     latents = audio_latents(request)
     grid, audio = Grid.of(*picture.final, latents), source.audio_memory(latents, request.audio is not None)
     text, video = source.text_memory(), source.video_memory(grid)
@@ -60,9 +76,9 @@ def phases_of(
     phases = [Phase("text", (TEXT,), {TEXT: text.activations})]
     if request.image is not None or request.audio is not None:
         phases.append(_conditioning(request, picture, source, audio, parts))
-    denoised: list[tuple[ModelName, tuple[int, int], Stage]] = [(model, picture.base, stages[0])]
+    denoised: list[tuple[ModelName, tuple[int, int], Stage]] = [(model, picture.base, base_stage(request, model))]
     if picture.super_resolution is not None:
-        denoised.append((picture.super_resolution, picture.final, stages[1]))
+        denoised.append((picture.super_resolution, picture.final, super_resolution_stage(request)))
     for name, size, stage in denoised:
         phases.append(_denoising(name, Grid.of(*size, latents), stage, source, dit, parts))
     parts |= {VIDEO: Part(video.weights), AUDIO: Part(audio.weights)}

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands.add_parser("tune", help="measure every way to compute the released model's parts on this GPU"))
     _add_profile(commands.add_parser("profile", help="say where a step spends its time, entry by entry of its plan"))
     _add_roofline(commands.add_parser("roofline", help="say what a step of the released model must take on a GPU"))
+    _add_memory(commands.add_parser("memory", help="say what a clip of the released model takes on a GPU, and when"))
     doctor = commands.add_parser("doctor", help="say what this machine has, what it lacks, and what that means")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -73,10 +74,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8, te (Hopper), fp8-weights")
     parser.add_argument("--variant", choices=("distill", "base"), help="model of that folder (default: distill)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    parser.add_argument(
-        "--resolution", default="256p", metavar="R", help="256p, 540p, 1080p or WIDTHxHEIGHT (default: %(default)s)"
-    )
-    parser.add_argument("--duration", type=float, default=5, metavar="S", help="seconds (default: %(default)s)")
+    parser.add_argument("--device-memory", metavar="SIZE", help="such as 40GB or 37GiB (default: what is free)")
+    _add_clip(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="of the base stage (default: 8, base model 32)")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="default: %(default)s")
     parser.add_argument("--image", metavar="FILE", help="first frame")
@@ -90,6 +89,26 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", metavar="NAME", help="unipc or sde (base model; default: unipc)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(command=_generate)
+
+
+def _add_clip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resolution", default="256p", metavar="R", help="256p, 540p, 1080p or WIDTHxHEIGHT (default: %(default)s)"
+    )
+    parser.add_argument("--duration", type=float, default=5, metavar="S", help="seconds (default: %(default)s)")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    _add_clip(parser)
+    parser.add_argument("--target", default="sm_90", metavar="SM", help="sm_80 or sm_90 (default: %(default)s)")
+    parser.add_argument("--variant", default="distill", metavar="NAME", help="distill or base (default: %(default)s)")
+    parser.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints (default: as published)")
+    parser.add_argument(
+        "--device-memory", metavar="SIZE", help="such as 40GB or 37GiB (default: the least that will do by turns)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report for programs")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page")
+    parser.set_defaults(command=_memory)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -204,12 +223,41 @@ def _generate(arguments: argparse.Namespace) -> int:
     if request.audio is not None:
         read_audio(request.audio, request.duration)
     where = (arguments.model or arguments.preset, arguments.variant, arguments.device)
-    engine = Engine.from_pretrained(*where, mode=arguments.mode, scheme=arguments.scheme)
+    how = {"mode": arguments.mode, "scheme": arguments.scheme}
+    engine = Engine.from_pretrained(*where, **how, device_memory=_size(arguments.device_memory))
     result = engine.run(request, None if arguments.quiet or not sys.stderr.isatty() else _show)
     result.save(output)
     if not arguments.quiet:
         _report(result, str(output))
     return 0
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    _prepare_process()
+    from horsepower import Request
+    from horsepower.stating import Options, stated
+
+    _check_files(arguments)
+    request = Request(prompt="-", resolution=_resolution(arguments.resolution), duration=arguments.duration)
+    options = Options(request, arguments.target, arguments.variant, arguments.model)
+    report = stated(options, _size(arguments.device_memory))
+    _publish(arguments, report, report)
+    return 0
+
+
+def _size(text: str | None) -> int | None:
+    """Bytes, of a number with or without a unit. Raises ValueError."""
+    if text is None:
+        return None
+    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "": 1}
+    unit = next(unit for unit in units if text.endswith(unit))
+    try:
+        size = int(float(text.removesuffix(unit)) * units[unit])
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"device_memory: got {text!r}, allowed: bytes, or a size such as 40GB or 37GiB")
+    return size
 
 
 def _prepare_process() -> None:

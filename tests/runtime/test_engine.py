@@ -9,7 +9,7 @@ from PIL import Image
 
 from horsepower import Cancelled, Engine, Progress, Request
 from horsepower.runtime import engine as engine_module
-from horsepower.runtime.phases import audio_latents
+from horsepower.runtime.phases import audio_latents, base_stage
 from horsepower.runtime.pipeline import BaseGuidance, Stage
 
 SMALL = {"resolution": (64, 32), "duration": 0.6, "num_inference_steps": 2}
@@ -201,9 +201,10 @@ def test_memory_is_looked_at_in_turn(foal, monkeypatch):
     foal.run(request())
 
 
-def test_settings_by_default(foal, base):
-    assert foal._stage(request(num_inference_steps=None)) == Stage("base", 8, "distilled")
-    assert base._stage(request(num_inference_steps=None)) == Stage("base", 32, "unipc", BaseGuidance(5.0, 5.0))
+def test_settings_by_default():
+    ask = request(num_inference_steps=None)
+    assert base_stage(ask, "distill") == Stage("base", 8, "distilled")
+    assert base_stage(ask, "base") == Stage("base", 32, "unipc", BaseGuidance(5.0, 5.0))
 
 
 @pytest.mark.parametrize(("duration", "latents"), [(0.2, 6), (1.16, 30), (2, 51), (4.6, 116), (8.2, 206)])

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from horsepower.runtime.engine import SUPER_RESOLUTION
 from horsepower.runtime.foal import generate
 from horsepower.runtime.fused import FusedDiT
 from horsepower.runtime.models import attention, dit
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
+from horsepower.runtime.phases import super_resolution_stage
 from horsepower.runtime.pipeline import (
     BaseGuidance,
     Latents,
@@ -24,6 +24,7 @@ from horsepower.runtime.pipeline import (
     to_frames,
     upscale,
 )
+from horsepower.runtime.request import Request
 from horsepower.runtime.sampling import RecordedNoise, SeededNoise
 from horsepower.runtime.tokens import Grid
 from horsepower.runtime.watch import Watch
@@ -238,7 +239,7 @@ def test_order_of_the_draws(model):
 
 def test_the_released_settings():
     assert Upscale() == Upscale(noise_index=220, audio_noise=0.7)
-    assert Stage("super-resolution", 5, "unipc", None, "v1", 5.0) == SUPER_RESOLUTION
+    assert super_resolution_stage(Request(prompt="x")) == Stage("super-resolution", 5, "unipc", None, "v1", 5.0)
     assert Stage("base", 8, "distilled").coords == "v2"
 
 

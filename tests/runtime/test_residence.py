@@ -10,11 +10,12 @@ from PIL import Image
 
 from gpu import DEVICE
 from horsepower import Engine, Request
+from horsepower.runtime import engine as engine_module
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.foal import Foal
 from horsepower.runtime.fused import FusedDiT, plan_velocity
 from horsepower.runtime.models.dit import DiT
-from horsepower.runtime.presets import FOAL_MODELS
+from horsepower.runtime.presets import FOAL_MODELS, PIPELINES, Pipeline
 from horsepower.runtime.residence import Residence
 from horsepower.runtime.turns import Part, Phase, state
 from models import TINY, random_model
@@ -24,7 +25,10 @@ MODELS = ("distill", "540p_sr")
 
 
 @pytest.fixture(autouse=True)
-def _few_layers(monkeypatch):
+def _small(monkeypatch):
+    """Few layers, and few pixels in both stages."""
+    for name, pipeline in {"256p": Pipeline(64, 32, None), "540p": Pipeline(64, 96, "540p_sr")}.items():
+        monkeypatch.setitem(PIPELINES, name, pipeline)
     few = {"num_layers": 3, "mm_layers": (0, 2), "gelu7_layers": (0,), "local_attn_layers": ()}
     for name, config in FOAL_MODELS.items():
         monkeypatch.setitem(FOAL_MODELS, name, replace(config, **few))
@@ -43,14 +47,16 @@ def loads(monkeypatch):
     return counted
 
 
-@pytest.mark.parametrize(("mode", "room"), [("fused", 0), ("fused", 10**9), ("eager", 10**9)])
-def test_a_clip_made_in_turns_is_the_clip(loads, monkeypatch, mode, room):
+@pytest.mark.parametrize(
+    ("mode", "room", "arenas"), [("fused", 0, False), ("fused", 10**9, True), ("eager", 10**9, False)]
+)
+def test_a_clip_made_in_turns_is_the_clip(loads, monkeypatch, mode, room, arenas):
     """Parts wait on the host and come back without being made again; where it has no room, they are made again."""
     monkeypatch.setattr(Engine, "_host_room", lambda self: room)
+    if arenas:
+        monkeypatch.setattr(engine_module, "target_of", lambda device: "sm_90")  # whose plans state their memory
     image = Image.new("RGB", (64, 64), "red")
-    request = Request(
-        prompt="A horse at sunset", resolution=(480, 512), duration=0.2, num_inference_steps=1, image=image
-    )
+    request = Request(prompt="A horse", resolution="540p", duration=0.2, num_inference_steps=1, image=image)
     wide = Engine.from_pretrained("foal", device=DEVICE, mode=mode)
     clip, least = wide.run(request), wide.memory(request).least
     assert not any(note.startswith("memory") for note in clip.notes)
@@ -68,6 +74,7 @@ def test_a_clip_made_in_turns_is_the_clip(loads, monkeypatch, mode, room):
     assert dict(loads) == ({"540p_sr": 1} if room else {"distill": 2, "540p_sr": 2})
     assert clip == first == second
     assert stated.notes[0] in first.notes
+    assert ("distill arena" in seen["base"][0]) >= arenas
     assert list(seen) == [turn.phase for turn in stated.turns]
     for turn in stated.turns:
         there, waiting, held = seen[turn.phase]
