@@ -15,6 +15,7 @@ from horsepower import cli, doctor
 from horsepower.bench import step as preset_step
 from horsepower.kernels.registry import OPS, Kernel
 from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.released import ReleasedSizes
 from models import TINY, random_model
 
 
@@ -102,6 +103,14 @@ def test_quiet_says_nothing(tmp_path):
         (("roofline", "--tokens", "7,2,1", "--frames", "2"), "frames"),
         (("roofline", "--tokens", ""), "tokens"),
         (("roofline", "--frames", "2"), "frames"),
+        (("memory", "--resolution", "8k"), "resolution"),
+        (("memory", "--duration", "0"), "duration"),
+        (("memory", "--target", "cpu"), "target"),
+        (("memory", "--variant", "540p_sr"), "model"),
+        (("memory", "--model", "/nowhere"), "folder"),
+        (("memory", "--device-memory", "much"), "device_memory"),
+        (("generate", "x", "--device-memory", "0GB"), "device_memory"),
+        (("generate", "x", "--device-memory", "1MB"), "model distill"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, field, capsys, tmp_path, monkeypatch):
@@ -225,7 +234,8 @@ def small(monkeypatch):
     monkeypatch.setattr(preset_step, "preset", lambda name, device="cpu": random_model(config))
 
 
-REPORTS = ("--tokens", "12,5,3", "--frames", "3", "--json", "report.json", "--html", "report.html")
+FILES = ("--json", "report.json", "--html", "report.html")
+REPORTS = ("--tokens", "12,5,3", "--frames", "3", *FILES)
 
 
 def test_verify_passes_and_writes_its_reports(small, capsys, tmp_path, monkeypatch):
@@ -320,6 +330,26 @@ def test_roofline_says_what_a_step_must_take_and_that_nothing_was_measured(capsy
     assert sum(row["all of them ms"] for row in kernels) == pytest.approx(rungs[-1]["predicted ms"])
     assert {row["measured us"] for row in kernels} == {None}
     assert Path("report.html").read_text().count("<svg") == 1
+
+
+def test_memory_is_stated_phase_by_phase(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ReleasedSizes, "config", lambda self, name: TINY)
+    assert cli.main(("memory", "--resolution", "540p", "--duration", "1", "--device-memory", "24GiB", *FILES)) == 0
+    said = capsys.readouterr().out
+    assert "Memory of a clip of 1 s at 896x512 on sm_90, as released" in said
+    assert "within 25.8 GB, as asked for" in said
+    (table,) = json.loads(Path("report.json").read_text())["tables"]
+    assert [row["phase"] for row in table["rows"]] == ["text", "base", "super-resolution", "video", "audio"]
+    assert all(0 < row["activations"] < row["sum"] < 25.8 for row in table["rows"])
+    assert "GB in each phase" in Path("report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("40GB", 40 * 10**9), ("37.5GiB", 75 * 2**29), ("7MB", 7_000_000), ("12", 12), (None, None)]
+)
+def test_sizes_with_units(text, size):
+    assert cli._size(text) == size
 
 
 def test_tune_without_a_gpu_says_what_it_would_measure_and_that_it_did_not(capsys, tmp_path, monkeypatch):

@@ -74,7 +74,9 @@ def t5gemma_on_meta(config: T5GemmaConfig) -> nn.Module:
 
     config.is_encoder_decoder = False
     with torch.device("meta"):
-        model: nn.Module = T5GemmaEncoderModel(config).to(torch.bfloat16)
+        model: nn.Module = T5GemmaEncoderModel(config)
+    for parameter in model.parameters():  # and no buffer: the rotary frequencies stay in float32
+        parameter.data = parameter.data.bfloat16()
     return model
 
 

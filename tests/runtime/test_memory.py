@@ -159,7 +159,8 @@ def test_the_released_parts():
     """As published: Gemma 2 of 9 B without its decoder half; 0.7 B of Wan's VAE in halves; float32 sound."""
     sizes = ReleasedSizes(torch.bfloat16)
     text = sizes.text_memory()
-    assert text.weights == 2 * 9_241_705_984 + 512  # rotary frequencies
+    layer = 2 * 3584 * (4096 + 2048) + 3 * 3584 * 14336 + 4 * 3584  # q, k, v, output; MLP; norms
+    assert text.weights == 2 * (256_000 * 3584 + 42 * layer + 3584) + 1024  # rotary frequencies in float32
     assert sizes.text_width() == 3584
     assert text.activations == pytest.approx(2_910_912_512, rel=0.05)  # counted on the meta device
     halves = [memory.wan_weights(half, (160, 256), torch.bfloat16) for half in ("encoder", "decoder")]

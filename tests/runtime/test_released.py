@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from horsepower import Engine, Request
+from horsepower.runtime import memory
 from horsepower.runtime.convert import convert
 from horsepower.runtime.models import audio_vae, wan_vae
 from horsepower.runtime.released import ReleasedFolder
+from horsepower.runtime.tokens import Grid
+from horsepower.stating import Options, stated
 from tiny_release import write_release
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -74,6 +77,30 @@ def test_the_parts_hold_the_files_values(converted):
     vae = halves[0] | halves[1]
     assert len(vae) == len(wan)
     assert all(torch.equal(vae[wan_vae.rename(key)], value.to(BF16)) for key, value in wan.items())
+
+
+def test_sizes_are_known_before_parts_are_read(converted, copy):
+    shutil.rmtree(copy / "turbo_vae")
+    grid, source, wan = Grid(2, 4, 4, 5), ReleasedFolder(converted, CPU, BF16), ReleasedFolder(copy, CPU, BF16)
+    encoder = source.text_encoder()
+    assert source.text_width() == encoder.width
+    for known, module in (
+        (source.text_memory(), encoder.model),
+        (source.image_memory((64, 32)), source.image_encoder()._vae),
+        (source.video_memory(grid), source.video_decoder()._decoder),
+        (wan.video_memory(grid), wan.video_decoder()._vae),
+        (source.audio_memory(5, True), source.audio_codec()._vae),
+    ):
+        assert known.weights == memory.module_bytes(module)
+        assert known.activations > 0
+
+
+def test_the_folder_is_stated_without_being_read(converted, monkeypatch):
+    monkeypatch.setattr(ReleasedFolder, "weights", None)
+    request = Request(resolution="540p", **REQUEST)
+    text = stated(Options(request, folder=str(converted)), 10**9).text()
+    assert f"Memory of a clip of 0.6 s at 896x512 on sm_90, {converted}" in text
+    assert "All parts stay once they are loaded." in text
 
 
 def test_diffusers_folders_are_taken_as_they_are(converted, copy):
