@@ -236,8 +236,9 @@ class Engine:
     def _open(self) -> None:
         """Load the base model, then the text encoder, for which it gives way if both do not fit."""
         self._check_channels(self.model)
+        text = self._source.text_memory().weights
         weights, load = self._dit_bytes(self.model, Grid.of(32, 32, 5), 1)[:2]
-        parts = {self.model: Part(weights, load), TEXT: Part(self._source.text_memory().weights)}
+        parts = {self.model: Part(weights, load), TEXT: Part(text, host_load=text)}
         phases = (Phase(f"model {self.model}", (self.model,)), Phase(TEXT, (TEXT,)))
         for phase in phases:
             memory.check_loads(phase.name, least(parts, (phase,))[0], self._budget(), self.device)
@@ -263,7 +264,7 @@ class Engine:
             return memory.eager_bytes(self._source.config(name), self.dtype, grid)
         size = memory.planned_bytes(*self._planned(name), grid, passes)
         dit = self._parts[name] if name in self._parts.there else None
-        held = dit.compiled.arena_bytes if isinstance(dit, FusedDiT) else 0  # of a larger clip, perhaps
+        held = dit.arena_bytes if isinstance(dit, FusedDiT) else 0  # of a larger clip, perhaps
         return size._replace(arena=max(size.arena, held))
 
     def _read(self, job: Job) -> tuple[Texts, tuple[str, ...]]:

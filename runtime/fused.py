@@ -117,6 +117,11 @@ class FusedDiT:
         result: tuple[Tensor, Tensor] = self.compiled(video, audio, condition, frames)
         return result
 
+    @property
+    def arena_bytes(self) -> int:
+        """As that of `Compiled`."""
+        return self.compiled.arena_bytes
+
     def drop_arenas(self) -> None:
         """As `Compiled.drop_arenas`."""
         self.compiled.drop_arenas()

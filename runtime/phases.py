@@ -72,7 +72,7 @@ def phases_of(
     latents = audio_latents(request)
     grid, audio = Grid.of(*picture.final, latents), source.audio_memory(latents, request.audio is not None)
     text, video = source.text_memory(), source.video_memory(grid)
-    parts = {TEXT: Part(text.weights)}
+    parts = {TEXT: Part(text.weights, host_load=text.weights)}  # transformers makes it on the CPU
     phases = [Phase("text", (TEXT,), {TEXT: text.activations})]
     if request.image is not None or request.audio is not None:
         phases.append(_conditioning(request, picture, source, audio, parts))

@@ -17,6 +17,9 @@ class Movable(Protocol):
 class Arenas(Movable, Protocol):
     """What has scratch memory beside it."""
 
+    @property
+    def arena_bytes(self) -> int: ...
+
     def drop_arenas(self) -> None: ...
 
 
@@ -49,8 +52,16 @@ class Residence:
 
     @property
     def bytes(self) -> int:
-        """Of the device."""
-        return sum(self.parts[name].bytes for name in self.there)
+        """Of the device; arenas as large as they are by now, not as they will be."""
+        weights = sum(self.parts[name].bytes for name in self.there if self.parts[name].arena_of is None)
+        return weights + sum(
+            self._owner(self.parts[name]).arena_bytes for name in self.there if name not in self._there
+        )
+
+    def _owner(self, arena: Part) -> Arenas:
+        assert arena.arena_of is not None
+        owner: Arenas = self._there[arena.arena_of]  # type: ignore[assignment]
+        return owner
 
     @property
     def host_bytes(self) -> int:
@@ -69,8 +80,7 @@ class Residence:
     def _leave(self, name: str, to_host: bool) -> None:
         part = self.parts.pop(name)
         if part.arena_of is not None:
-            arenas: Arenas = self._there[part.arena_of]  # type: ignore[assignment]
-            arenas.drop_arenas()
+            self._owner(part).drop_arenas()
             return
         held = self._there.pop(name)
         if to_host:

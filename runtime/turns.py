@@ -18,6 +18,7 @@ class Part:
 
     bytes: int
     load: int = 0  # the most at one time while it is loaded, if that is more
+    host_load: int = 0  # bytes of the host while it is loaded
     arena_of: str | None = None  # the part whose scratch memory it is: dropped, not moved, and before that part goes
 
 
@@ -172,11 +173,17 @@ def _kept(parts: Mapping[str, Part], phases: Sequence[Phase], budget: int) -> se
 
 
 def _homes(parts: Mapping[str, Part], gone: Set[str], host: int, waiting: Set[str]) -> set[str]:
-    """Those that wait on the host: as many as it has room for, largest first, after those that are there."""
+    """Those that wait on the host: as many as it has room for, so that the others can still be loaded.
+
+    After those that are there come what takes the host's memory to be loaded, and the largest.
+    """
+
+    def needed(homes: Set[str]) -> int:
+        loads = (part.host_load for name, part in parts.items() if name not in homes)
+        return sum(parts[name].bytes for name in homes) + max(loads, default=0)
+
     homes: set[str] = set(waiting)
-    room = host - sum(parts[name].bytes for name in waiting)
-    for name in sorted(gone - waiting, key=lambda name: (-parts[name].bytes, name)):
-        if parts[name].arena_of is None and parts[name].bytes <= room:
+    for name in sorted(gone - waiting, key=lambda name: (-parts[name].host_load, -parts[name].bytes, name)):
+        if parts[name].arena_of is None and needed(homes | {name}) <= host:
             homes.add(name)
-            room -= parts[name].bytes
     return homes

@@ -70,6 +70,16 @@ def test_where_the_host_has_no_room_parts_are_read_again():
     assert [turn.peak for turn in some.turns] == [turn.peak for turn in statement.turns]
 
 
+def test_the_host_keeps_room_for_what_is_loaded_there():
+    """The text encoder is made on the host: it waits there first, or leaves room for itself."""
+    parts = {**PARTS, "text": Part(18, host_load=18)}
+    assert state(parts, PHASES, 40, 47).turns[3].host == {"text": 18}
+    assert state(parts, PHASES, 40, 48).turns[3].host == {"text": 18, "base": 30}
+    kept = {**PARTS, "text": Part(1, host_load=20)}
+    assert state(kept, PHASES, 66, 49).turns[3].host == {}
+    assert state(kept, PHASES, 66, 50).turns[3].host == {"base": 30}
+
+
 def test_a_load_that_takes_more_than_what_it_leaves():
     phase = Phase("base", ("base",), {"base": 0})
     turn, again = (state(PARTS, (phase,), None, 0, there).turns[0] for there in ((), ("base",)))
