@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from horsepower import Request
+from horsepower.quant.scheme import FP8, FP8_WEIGHTS
 from horsepower.runtime import memory
 from horsepower.runtime.presets import MODELS
 from horsepower.runtime.turns import GB, state
 from horsepower.stating import Options, parts_of, stated
 
 HOST = 128 * GB
-SCHEMES = ("bfloat16",)
+SCHEMES = {"bfloat16": None, "fp8": FP8, "fp8-weights": FP8_WEIGHTS}
 
 
 def request(resolution):
@@ -22,16 +23,20 @@ def request(resolution):
 
 @cache
 def needed(resolution, scheme):
-    return parts_of(Options(request(resolution)))
+    return parts_of(Options(request(resolution), scheme=SCHEMES[scheme]))
 
 
 @pytest.mark.parametrize("resolution", ["256p", "1080p"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_whole_engine_fits_40_gb(scheme, resolution):
     """Base and super-resolution take turns; the text encoder and the idle model wait on the host."""
+    parts, _ = needed(resolution, scheme)
     made = state(*needed(resolution, scheme), 40 * GB, HOST)
     assert made.peak <= 40 * GB
     assert made.host_peak <= HOST
+    if scheme != "bfloat16":  # some parts can stay
+        assert all(parts[name].bytes <= 15.6 * GB for name in parts if name in MODELS)
+        return
     for turn in made.turns:
         models = [name for name in turn.device if name in MODELS]
         assert turn.phase == "text" or "text encoder" in turn.host
@@ -47,6 +52,14 @@ def test_weights_are_near_those_of_the_module():
     for name in ("distill", "1080p_sr"):
         assert 0.999 * raw < parts[name].bytes < 1.01 * raw
         assert parts[name].load <= parts[name].bytes + 300 * 2**20  # no two of its weights beside the finished ones
+
+
+def test_the_price_of_a_keep_list_is_stated():
+    scheme = FP8_WEIGHTS.keeping(["block.layers.[0-3].mlp.down_proj"])  # 12 matrices of 20480 x 5120
+    text = stated(Options(request("256p"), target="sm_80", scheme=scheme)).text()
+    assert "Weights of distill: 16.59 GB; 15.33 GB if nothing were kept as block.layers.[0-3].mlp.down_proj." in text
+    with pytest.raises(ValueError, match="scheme: got fp8 for sm_80"):
+        Options(request("256p"), target="sm_80", scheme=FP8)
 
 
 def test_the_text_encoder_is_18_gb():

@@ -103,6 +103,10 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="sm_90", metavar="SM", help="sm_80 or sm_90 (default: %(default)s)")
     parser.add_argument("--variant", default="distill", metavar="NAME", help="distill or base (default: %(default)s)")
     parser.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints (default: as published)")
+    parser.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8 (sm_90), fp8-weights")
+    parser.add_argument(
+        "--keep", action="append", default=[], metavar="PATTERN", help="layers that stay in 16 bits; may be repeated"
+    )
     parser.add_argument(
         "--device-memory", metavar="SIZE", help="such as 40GB or 37GiB (default: the least that will do by turns)"
     )
@@ -235,11 +239,16 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _memory(arguments: argparse.Namespace) -> int:
     _prepare_process()
     from horsepower import Request
+    from horsepower.quant.scheme import scheme_of
     from horsepower.stating import Options, stated
 
     _check_files(arguments)
     request = Request(prompt="-", resolution=_resolution(arguments.resolution), duration=arguments.duration)
-    options = Options(request, arguments.target, arguments.variant, arguments.model)
+    scheme = scheme_of(arguments.scheme)
+    if scheme is None and arguments.keep:
+        raise ValueError(f"keep: got {arguments.keep[0]} without a scheme, allowed: both or none")
+    scheme = scheme and scheme.keeping(arguments.keep)
+    options = Options(request, arguments.target, arguments.variant, arguments.model, scheme)
     report = stated(options, _size(arguments.device_memory))
     _publish(arguments, report, report)
     return 0

@@ -1,6 +1,7 @@
 """`horsepower memory`: what a request takes on a GPU, phase by phase, before anything is loaded; needs no GPU."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,12 +9,12 @@ import torch
 from horsepower.bench.measure import machine
 from horsepower.bench.report import Cell, Paragraph, Report, Table
 from horsepower.kernels.target import GPUS
-from horsepower.runtime.compiled import planned
-from horsepower.runtime.fused import VELOCITY_SHAPES, expected_fusions, velocity_example
+from horsepower.quant.scheme import Scheme
+from horsepower.runtime.fused import plan_velocity
 from horsepower.runtime.memory import DiTBytes, planned_bytes
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.phases import PartSizes, phases_of
-from horsepower.runtime.presets import ModelName, sizes
+from horsepower.runtime.presets import MODELS, ModelName, sizes
 from horsepower.runtime.released import ReleasedFolder, ReleasedSizes
 from horsepower.runtime.request import Request
 from horsepower.runtime.tokens import Grid
@@ -31,21 +32,25 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Options:
-    """What is stated: a request to a model on a GPU of a target, with bfloat16 weights. Raises ValueError.
+    """What is stated: a request to a model on a GPU of a target. Raises ValueError.
 
-    folder: of released checkpoints, of which sizes alone are read; None takes what is published.
+    folder: of released checkpoints, of which sizes alone are read; None takes what is published. scheme: of the
+    diffusion transformers; what it leaves has bfloat16 weights.
     """
 
     request: Request
     target: str = "sm_90"
     model: ModelName = "distill"
     folder: str | None = None
+    scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         if self.target not in GPUS:
             raise ValueError(f"target: got {self.target!r}, allowed: {', '.join(GPUS)}")
         if self.model not in ("distill", "base"):
             raise ValueError(f"model: got {self.model!r}, allowed: distill, base")
+        if self.scheme is not None:
+            self.scheme.check(self.target)
         if self.folder is not None and not Path(self.folder).is_dir():
             raise ValueError(f"folder: got {self.folder!r}, allowed: a folder of checkpoints")
 
@@ -56,8 +61,7 @@ def parts_of(options: Options) -> tuple[dict[str, Part], tuple[Phase, ...]]:
 
     def dit(name: ModelName, grid: Grid, passes: int) -> DiTBytes:
         model = DiT(source.config(name), DTYPE, "meta").eval()
-        example, expect = velocity_example(model), expected_fusions(model.config)
-        plan, _ = planned(model, example, None, VELOCITY_SHAPES, expect, "velocity", target=options.target)
+        plan = plan_velocity(model, torch.device("meta"), scheme=options.scheme, target=options.target)
         return planned_bytes(model, plan, grid, passes)
 
     return phases_of(options.request, options.model, picture, source, dit)
@@ -68,10 +72,10 @@ def stated(options: Options, device_memory: int | None = None) -> Report:
 
     Raises ValueError for what is not there, and with the bytes that are missing if not even turns fit.
     """
-    request, needed = options.request, parts_of(options)
+    request, scheme, needed = options.request, options.scheme, parts_of(options)
     made, wide = (state(*needed, budget, ROOM) for budget in (device_memory, ROOM))
     width, height = sizes(request.resolution).final
-    where = options.folder or "as released"
+    where = ", ".join((options.folder or "as released", *([scheme.name] if scheme else [])))
     title = f"Memory of a clip of {request.duration:g} s at {width}x{height} on {options.target}, {where}"
     asked = "the least that will do" if device_memory is None else "as asked for"
     says = (
@@ -79,7 +83,17 @@ def stated(options: Options, device_memory: int | None = None) -> Report:
         f"{made.host_peak / GB:.1f} GB wait on the host. {_alternating(made)} "
         f"Side by side all parts take {wide.peak / GB:.1f} GB; no less than {made.least / GB:.1f} GB will do."
     )
-    return Report(title, machine(), (Paragraph(says), _phases(made)))
+    price = [Paragraph(_price(options, needed[0]))] if scheme is not None and scheme.keep else []
+    return Report(title, machine(), (Paragraph(says), *price, _phases(made)))
+
+
+def _price(options: Options, parts: Mapping[str, Part]) -> str:
+    """What the keep-list of a scheme costs."""
+    assert options.scheme is not None
+    empty, _ = parts_of(replace(options, scheme=options.scheme.keeping(())))
+    name, *_ = (name for name in parts if name in MODELS)
+    kept, least = parts[name].bytes / GB, empty[name].bytes / GB
+    return f"Weights of {name}: {kept:.2f} GB; {least:.2f} GB if nothing were kept as {', '.join(options.scheme.keep)}."
 
 
 def _alternating(made: MemoryStatement) -> str:
