@@ -34,7 +34,7 @@ def linear_kernel(
     GROUP: tl.constexpr, TMA: tl.constexpr, MORE: tl.constexpr = 0,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BN + MORE
-    FLAT: tl.constexpr = flat(a.dtype, TMA, MORE, EXPERTS)
+    FLAT: tl.constexpr = flat(b.dtype, TMA, MORE, EXPERTS)
     columns = tl.cdiv(N, WIDTH)
     tiles = row_tiles(second, third, L, EXPERTS, BM) * columns
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):

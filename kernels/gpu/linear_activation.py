@@ -74,7 +74,7 @@ def linear_activation_kernel(
     MORE: tl.constexpr = 0,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BN + MORE
-    FLAT: tl.constexpr = flat(a.dtype, TMA, MORE, EXPERTS)
+    FLAT: tl.constexpr = flat(b.dtype, TMA, MORE, EXPERTS)
     HALVES: tl.constexpr = 2 if KIND == "swiglu7" else 1
     columns = tl.cdiv(N, WIDTH)
     tiles = row_tiles(second, third, L, EXPERTS, BM) * columns

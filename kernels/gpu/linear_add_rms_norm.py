@@ -69,7 +69,7 @@ def linear_add_kernel(
     """squares: None where nobody asks for them."""
     WIDTH: tl.constexpr = BN // PARTS  # shared memory has no room for a whole tile of residuals
     COLUMNS: tl.constexpr = BN + MORE
-    FLAT: tl.constexpr = flat(a.dtype, TMA, MORE, EXPERTS)
+    FLAT: tl.constexpr = flat(b.dtype, TMA, MORE, EXPERTS)
     tl.static_assert(MORE % WIDTH == 0)
     columns = tl.cdiv(N, COLUMNS)
     tiles = row_tiles(second, third, L, EXPERTS, BM) * columns

@@ -15,15 +15,20 @@ from torch import Tensor
 from horsepower.kernels.gpu.launch import Config, default
 from horsepower.kernels.gpu.tiles import (
     ROWS,
+    codes,
     descriptor,
+    flat,
     launch_tiles,
     pitched,
     product,
     product_claims,
     refuses,
     row_tiles,
+    scaled,
     store,
     tile_at,
+    two_products,
+    weight_tile,
 )
 
 HEAD = 128
@@ -57,39 +62,56 @@ def normed_and_turned(
 
 @triton.jit(do_not_specialize=ROWS)
 def linear_qk_norm_rope_kernel(
-    a, b, a_pitch, b_pitch, second, third, L, q, k, rest, q_pitch, k_pitch, rest_pitch, q_gain, k_gain, rope,
-    rope_pitch, eps, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, Q: tl.constexpr, KEYS: tl.constexpr,
-    HALF: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr,
+    a, b, a_pitch, b_pitch, second, third, L, b_more, x_scale, weight_scale, q, k, rest, q_pitch, k_pitch, rest_pitch,
+    q_gain, k_gain, rope, rope_pitch, eps, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, Q: tl.constexpr,
+    KEYS: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, TMA: tl.constexpr, MORE: tl.constexpr = 0,
 ):  # fmt: skip
-    tl.static_assert(BN % 128 == 0)
-    TO_KEYS: tl.constexpr = (Q + BN - 1) // BN  # each part begins a tile of its own
-    TO_REST: tl.constexpr = TO_KEYS + (KEYS + BN - 1) // BN
+    tl.static_assert(BN % 128 == 0 and MORE % 128 == 0)
+    WIDTH: tl.constexpr = BN + MORE
+    FLAT: tl.constexpr = flat(b.dtype, TMA, MORE, EXPERTS)
+    TO_KEYS: tl.constexpr = (Q + WIDTH - 1) // WIDTH  # each part begins a tile of its own
+    TO_REST: tl.constexpr = TO_KEYS + (KEYS + WIDTH - 1) // WIDTH
     REST: tl.constexpr = N - Q - KEYS
-    COLUMNS: tl.constexpr = TO_REST + (REST + BN - 1) // BN
+    COLUMNS: tl.constexpr = TO_REST + (REST + WIDTH - 1) // WIDTH
     tiles = row_tiles(second, third, L, EXPERTS, BM) * COLUMNS
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=TMA == 1):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
         row, end, expert, n = tile_at(tile, COLUMNS, second, third, L, EXPERTS, BM, GROUP)
-        before, out, pitch, gain, width, column = 0, q, q_pitch, q_gain, Q, n * BN
+        before, out, pitch, gain, width, column = 0, q, q_pitch, q_gain, Q, n * WIDTH
         if n >= TO_REST:
-            before, out, pitch, width, column = Q + KEYS, rest, rest_pitch, REST, (n - TO_REST) * BN
+            before, out, pitch, width, column = Q + KEYS, rest, rest_pitch, REST, (n - TO_REST) * WIDTH
         elif n >= TO_KEYS:
-            before, out, pitch, gain, width, column = Q, k, k_pitch, k_gain, KEYS, (n - TO_KEYS) * BN
-        b_row = expert * N + before + column
-        acc = product(a, b, a_pitch, b_pitch, row, end, b_row, expert * N + N, K, BM, BN, BK, TMA)
+            before, out, pitch, gain, width, column = Q, k, k_pitch, k_gain, KEYS, (n - TO_KEYS) * WIDTH
+        b_row, b_end = expert * N + before + column, expert * N + N
+        if MORE:
+            acc, more = two_products(a, b, b_more, row, b_row, K, BM, BN, MORE, BK)
+        else:
+            acc = product(a, b, a_pitch, b_pitch, row, end, b_row, b_end, K, BM, BN, BK, TMA)
         gain += expert * 128
+        acc = scaled(acc, x_scale, weight_scale, row, end, b_row, b_end, BM, BN)
         values = normed_and_turned(acc, n < TO_REST, gain, rope, rope_pitch, row, end, eps, HALF, BM, BN, TMA)
         store(out, pitch, row, end, column, width, values, BM, BN, UNIT)
+        if MORE:
+            more = scaled(more, x_scale, weight_scale, row, end, b_row + BN, b_end, BM, MORE)
+            values = normed_and_turned(more, n < TO_REST, gain, rope, rope_pitch, row, end, eps, HALF, BM, MORE, TMA)
+            store(out, pitch, row, end, column + BN, width, values, BM, MORE, UNIT)
 
 
 CONFIGS = {
     "sm_90": (
         Config(8, 3, {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "TMA": 1}),
         Config(8, 4, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 1}),
+        Config(8, 3, {"BM": 128, "BN": 128, "BK": 128, "GROUP": 8, "TMA": 1, "MORE": 128}, "fp8"),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 128, "GROUP": 8, "TMA": 1}, "fp8"),
+        Config(8, 3, {"BM": 128, "BN": 256, "BK": 64, "GROUP": 8, "TMA": 1}, "w8a16"),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 1}, "w8a16"),
     ),
     "sm_80": (
         Config(8, 4, {"BM": 128, "BN": 256, "BK": 32, "GROUP": 8, "TMA": 0}),
         Config(8, 4, {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0}),
+        Config(8, 4, {"BM": 128, "BN": 256, "BK": 32, "GROUP": 8, "TMA": 0}, "w8a16"),
+        Config(8, 3, {"BM": 128, "BN": 128, "BK": 64, "GROUP": 8, "TMA": 0}, "w8a16"),
+        Config(8, 4, {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "TMA": 0}, "w8a16"),
     ),
 }
 CLAIMS = product_claims("linear_qk_norm_rope_kernel")
@@ -97,7 +119,8 @@ CLAIMS = product_claims("linear_qk_norm_rope_kernel")
 
 def supports(
     x: Tensor, weight: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int],
-    heads_q: int, heads_kv: int, head_dim: int, eps: float, paired: bool,
+    heads_q: int, heads_kv: int, head_dim: int, eps: float, paired: bool, x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot take these inputs, or None."""
     if not paired:
@@ -111,18 +134,18 @@ def supports(
     half = rope[:, rope.shape[1] // 2 :]
     if not half.shape[1] or not pitched(rope) or not pitched(half) or q_gain.stride(0) != 1 or k_gain.stride(0) != 1:
         return "table or gains cannot be read as they lie"
-    return refuses(x, weight)
+    return refuses(x, weight, x_scale, weight_scale)
 
 
 def run(
     out: tuple[Tensor, ...], _workspace: None, x: Tensor, weight: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor,
     experts: int, counts: Sequence[int], heads_q: int, heads_kv: int, head_dim: int, eps: float, paired: bool,
-    config: Config | None = None,
+    x_scale: Tensor | None = None, weight_scale: Tensor | None = None, config: Config | None = None,
 ) -> None:  # fmt: skip
     """Sums, norm and rotation in float32, one cast. Rows of x, weight, rope and the results may be padded."""
     pitches = [each.stride(0) for each in out]
     unit = gcd(*pitches, 8)
-    config = config or default(CONFIGS, x)
+    config = config or default(CONFIGS, x, weight)
     table = descriptor(rope, config.constants["BM"], HEAD // 2) if config.constants["TMA"] and rope.numel() else rope
     launch_tiles(
         linear_qk_norm_rope_kernel,
@@ -130,6 +153,9 @@ def run(
         weight,
         experts,
         counts,
+        weight_tile(x, weight, "MORE", config),
+        x_scale,
+        weight_scale,
         *out,
         *(pitch // unit for pitch in pitches),
         q_gain,
@@ -148,7 +174,10 @@ def run(
 def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """The QKV projection of the DiT with its gates, by modality and shared."""
     for experts in (1, 3):
-        x, weight = (torch.empty(rows, 5120, dtype=torch.bfloat16, device="meta") for rows in (4300, experts * 7208))
         gain, rope = torch.empty(experts * HEAD, device="meta"), torch.empty(4300, 96, device="meta")
-        shape = (experts, [4000, 100, 200], 40, 8, HEAD, 1e-6, True)
-        yield f"5120 x 7208, {experts} experts", (x, weight, gain, gain, rope, *shape)
+        shape = (gain, gain, rope, experts, [4000, 100, 200], 40, 8, HEAD, 1e-6, True)
+        x, weight = (torch.empty(rows, 5120, dtype=torch.bfloat16, device="meta") for rows in (4300, experts * 7208))
+        yield f"5120 x 7208, {experts} experts", (x, weight, *shape)
+        for form in ("fp8", "w8a16"):
+            x, weight, *scales = codes(form, 5120, experts * 7208)
+            yield f"5120 x 7208, {experts} experts, {form}", (x, weight, *shape, *scales)

@@ -164,12 +164,14 @@ def scaled(acc, x_scale, weight_scale, row, end, b_row, b_end, BM: tl.constexpr,
 
 
 @triton.constexpr_function
-def flat(dtype, tma, more, experts):
+def flat(b_dtype, tma, more, experts):
     """Whether the loop over tiles and that over K are flattened into one, so that the next tile is fetched meanwhile.
 
-    Two products of 16 bits would be serialised; two of FP8 leave no registers to find the expert of the next tile.
+    Two products of 16 bits would be serialised; codes leave no registers to find the expert of the next tile.
     """
-    return tma > 0 and (more == 0 or (dtype == tl.float8e4nv and experts == 1))
+    if b_dtype in (tl.float8e4nv, tl.int32):
+        return tma > 0 and experts == 1
+    return tma > 0 and more == 0
 
 
 @triton.jit

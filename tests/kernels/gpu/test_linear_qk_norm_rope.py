@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiles import F32, config, normal
+from tiles import F32, codes, config, normal
 
 from gpu import DEVICE, check
 from horsepower.kernels.gpu import linear_qk_norm_rope
@@ -65,6 +65,18 @@ def test_strided_rows_and_padded_results(config):
     for one, other in zip(out, want, strict=True):
         assert torch.equal(one, other)
     assert int(memory.isnan().sum()) == 19 * (600 - 256 - 128 - 130)
+
+
+FP8 = [config(1, columns=128, depth=32), config(1, columns=128, depth=32, MORE=128)]
+
+
+@pytest.mark.parametrize("config", [*FP8, *BOTH], ids=str)
+@pytest.mark.parametrize(("heads", "experts"), [((3, 1), 1), ((2, 1), 3)])
+def test_products_of_codes_and_weights_alone_as_codes(config, heads, experts):
+    x, _, *rest = inputs(19, 40, heads, experts=experts, counts=(5, 3, 11))
+    weight, weight_scale = codes(experts * (sum(heads) * 128 + 130), 40, seed=2)
+    x, x_scale = codes(19, 40) if config in FP8 else (x, None)
+    check(LINEAR_QK_NORM_ROPE, linear_qk_norm_rope, x, weight, *rest, x_scale, weight_scale, config=config)
 
 
 def test_paired_heads_attend_as_half_split_ones_do():
