@@ -107,7 +107,7 @@ def _work(gpu: GPU, op: Op, inputs: Sequence[Any], kernel: str) -> Work:
     unit: Unit = "attention" if op.name == "attention" else "vector"
     if op.name == "linear":
         unit = unit_of_product(inputs[0].dtype)
-    shares: dict[str, float] = {"matrix": gpu.triton, "fp8": gpu.triton_fp8, "attention": gpu.triton_attention}
+    shares: dict[str, float] = {"matrix": gpu.triton, "attention": gpu.triton_attention}
     return Work(unit, cost.flops / (shares.get(unit, 1) if kernel == "triton" else 1), cost.bytes)
 
 

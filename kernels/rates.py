@@ -53,7 +53,6 @@ class GPU:
     peak: Rates  # datasheet: no kernel is faster
     reached: Rates  # by the best published kernels at sizes like these
     triton: float  # assumed: the share of that rate of matrix products that one in Triton reaches
-    triton_fp8: float  # the same of products of eight bits
     triton_attention: float  # assumed: the same of attention
 
 
@@ -62,19 +61,19 @@ def unit_of_product(x: torch.dtype) -> Unit:
     return "vector" if x.itemsize > 2 else "matrix" if x.itemsize == 2 else "fp8"
 
 
-# peak: NVIDIA H100 datasheet, SXM5, without sparsity. reached: cuBLAS bfloat16 700 to 800 TFLOP/s, cuBLASLt FP8 1200 to
-# 1500, FlashAttention 3 at head 128, not causal, long: 640 to 650, of which 620 are planned with; the best RMS norms
-# reach 3.0 TB/s. triton: persistent products with TMA are published at 90 to 95 % of cuBLAS. The upper end: where the
-# difference decides nothing else, a fused kernel needs less memory and fewer launches. triton_fp8: a product scaled by
-# rows is published at 1190 TFLOP/s. triton_attention: 395 to 477 TFLOP/s are published where FlashAttention 3 reaches
-# 640.
+# peak: NVIDIA H100 datasheet, SXM5, without sparsity. reached: cuBLAS bfloat16 700 to 800 TFLOP/s; FP8 scaled by rows
+# 1083 to 1141 in CUTLASS (FBGEMM pull request 2546), 1190 in Triton, of which that is planned with; cuBLASLt's 1200 to
+# 1500 are of tensors with one scale. FlashAttention 3 at head 128, not causal, long: 640 to 650, of which 620 are
+# planned with; the best RMS norms reach 3.0 TB/s. triton: persistent products with TMA are published at 90 to 95 % of
+# cuBLAS; in FP8 they are what is planned with. The upper end: where the difference decides nothing else, a fused kernel
+# needs less memory and fewer launches. triton_attention: 395 to 477 TFLOP/s are published where FlashAttention 3
+# reaches 640.
 _H100 = GPU(
     "NVIDIA H100 SXM",
     "sm_90",
     Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=3.35e12),
-    Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=3.0e12),
+    Rates(matrix=800e12, fp8=1190e12, attention=620e12, vector=66.9e12, memory=3.0e12),
     triton=0.95,
-    triton_fp8=1190 / 1450,
     triton_attention=477 / 640,
 )
 
@@ -83,9 +82,8 @@ _H200 = GPU(
     "NVIDIA H200 SXM",
     "sm_90",
     Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=4.8e12),
-    Rates(matrix=800e12, fp8=1450e12, attention=620e12, vector=66.9e12, memory=4.8e12 * 3.0 / 3.35),
+    Rates(matrix=800e12, fp8=1190e12, attention=620e12, vector=66.9e12, memory=4.8e12 * 3.0 / 3.35),
     triton=0.95,
-    triton_fp8=1190 / 1450,
     triton_attention=477 / 640,
 )
 
@@ -98,7 +96,6 @@ _A100 = GPU(
     Rates(matrix=312e12, fp8=None, attention=312e12, vector=19.5e12, memory=2.039e12),
     Rates(matrix=312e12 * 800 / 989.4, fp8=None, attention=204e12, vector=19.5e12, memory=2.039e12 * 3.0 / 3.35),
     triton=1.0,
-    triton_fp8=1.0,
     triton_attention=1.0,
 )
 GPUS = {"h100": _H100, "h200": _H200, "a100": _A100}
