@@ -14,9 +14,11 @@ from horsepower.runtime import engine as engine_module
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.foal import Foal
 from horsepower.runtime.fused import FusedDiT, plan_velocity
+from horsepower.runtime.models import wan_vae
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import FOAL_MODELS, PIPELINES, Pipeline
 from horsepower.runtime.residence import Residence
+from horsepower.runtime.source import WanDecoder
 from horsepower.runtime.turns import Part, Phase, state
 from models import TINY, random_model
 
@@ -127,3 +129,47 @@ def test_a_part_whose_move_fails_is_read_again():
     assert (residence.there, residence.waiting) == ((), frozenset())
     residence.follow(one, parts)
     assert made == ["a", "a"]
+
+
+def tensors_in(value, seen):
+    """All that can be reached through attributes, modules and containers."""
+    if id(value) in seen or isinstance(value, type):
+        return
+    seen[id(value)] = value
+    if isinstance(value, torch.Tensor):
+        yield value
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    own = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, torch.Tensor) else ()
+    for each in (*inside, *own):
+        yield from tensors_in(each, seen)
+
+
+def used(foal, name):
+    """A part of the preset after its first use, which may have made what it keeps."""
+    if name == "text":
+        part = foal.text_encoder()
+        part("a horse")
+    elif name == "image":
+        part = foal.image_encoder()
+        part(torch.zeros(1, 3, 1, 32, 32))
+    elif name == "video":
+        part = foal.video_decoder()
+        list(part(torch.zeros(1, 48, 2, 2, 2)))
+    elif name == "wan":
+        vae = wan_vae.build("cpu", encoder_width=8, decoder_width=8)
+        part = WanDecoder(wan_vae.halved(vae, "decoder"))
+        list(part(torch.zeros(1, 48, 2, 2, 2)))
+    else:
+        part = foal.audio_codec()
+        part.decode(part.encode(torch.zeros(2, 4096), torch.zeros))
+    return part
+
+
+@pytest.mark.parametrize("name", ["text", "image", "video", "wan", "audio"])
+def test_a_part_leaves_nothing_behind(name):
+    part = used(Foal(CPU, torch.float32), name)
+    before = list(tensors_in(part, {}))
+    assert sum(x.nbytes for x in before) > 100_000
+    assert not any(x.is_meta for x in before)
+    part.to(torch.device("meta"))
+    assert all(x.is_meta for x in tensors_in(part, {}))

@@ -82,6 +82,15 @@ def test_released_shape(weights: dict[str, Tensor], config: dict[str, Any]) -> N
     assert sum(value.numel() for value in state.values()) == 156_112_514
 
 
+def test_norms_are_multiplied_in_to_the_same_bits(tiny: Any) -> None:
+    plain = audio_vae.without_weight_norm(copy.deepcopy(tiny))
+    assert not [name for name in plain.state_dict() if name.endswith(("weight_g", "weight_v"))]
+    wave, latents = sound(3 * 2048), torch.ones(1, 3, 64)
+    assert torch.equal(audio_vae.encode(plain, wave, no_noise), audio_vae.encode(tiny, wave, no_noise))
+    assert torch.equal(audio_vae.decode(plain, latents), audio_vae.decode(tiny, latents))
+    assert not any(x.requires_grad for x in plain.parameters())
+
+
 def test_copies_are_independent(tiny: Any) -> None:
     fresh = audio_vae.build("meta")
     copy.deepcopy(fresh)

@@ -36,6 +36,16 @@ def test_statistics(recording: Recording) -> None:
     assert torch.equal(torch.tensor(wan_vae.LATENT_STD), recording["std"])
 
 
+def test_halves_are_as_good_as_the_whole(recording: Recording, tiny: Any) -> None:
+    encoder, decoder = (wan_vae.halved(copy.deepcopy(tiny), half) for half in ("encoder", "decoder"))
+    pixels = recording["video"]
+    latents = wan_vae.encode(tiny, pixels)
+    assert torch.equal(wan_vae.encode(encoder, pixels), latents)
+    assert torch.equal(wan_vae.decode(decoder, latents), wan_vae.decode(tiny, latents))
+    sizes = [sum(x.numel() for x in vae.parameters()) for vae in (encoder, decoder, tiny)]
+    assert sizes[0] + sizes[1] == sizes[2]
+
+
 def test_encode_golden(recording: Recording, tiny: Any) -> None:
     assert max_error(wan_vae.encode(tiny, recording["video"]), recording["latent_video"]) < 1e-4
     assert max_error(wan_vae.encode(tiny, recording["video"][:, :, :1]), recording["latent_image"]) < 1e-4
