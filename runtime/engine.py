@@ -259,8 +259,8 @@ class Engine:
             self._check_channels(name)
 
     def _dit_bytes(self, name: ModelName, grid: Grid, passes: int) -> DiTBytes:
-        """From its plan; on a CPU, operators' own scratch memory is beside it, and the bounds of eager hold."""
-        if self.mode != "fused" or target_of(self.device) == "cpu":
+        """From its plan, if it has one."""
+        if self.mode != "fused":
             return memory.eager_bytes(self._source.config(name), self.dtype, grid)
         size = memory.planned_bytes(*self._planned(name), grid, passes)
         dit = self._parts[name] if name in self._parts.there else None

@@ -69,17 +69,22 @@ def activation_bytes(config: DiTConfig, grid: Grid, text: int = MAX_TOKENS) -> i
 
 
 def eager_bytes(config: DiTConfig, dtype: torch.dtype, grid: Grid) -> DiTBytes:
-    """A DiT as it is written, or fused on a CPU, where operators of torch have scratch memory beside the plan's."""
+    """A DiT as it is written."""
     weights = weight_bytes(config, dtype)
     return DiTBytes(weights, weights, 0, activation_bytes(config, grid))
 
 
 def planned_bytes(model: DiT, plan: Plan, grid: Grid, passes: int) -> DiTBytes:
-    """A DiT as its plan states it; passes: of a step, each with a text of its own and so with a CUDA graph."""
-    config, layout = model.config, plan.at(velocity_sizes((grid.video, grid.audio, MAX_TOKENS), grid.frames))
+    """A DiT as its plan states it; passes: of a step, each with a text of its own and so with a CUDA graph.
+
+    On a CPU operators of torch have scratch memory beside the plan's: there the bound of eager activations holds.
+    """
     conditioner = sum(module_bytes(model.get_submodule(name)) for name in CONDITIONER)
-    copied = 3 * latent_bytes(grid) + condition_bytes(config, grid)  # a graph's own inputs, and its results twice
     weights = (plan.weight_bytes + conditioner, plan.load_bytes + conditioner)
+    config, layout = model.config, plan.at(velocity_sizes((grid.video, grid.audio, MAX_TOKENS), grid.frames))
+    if plan.target == "cpu":
+        return DiTBytes(*weights, layout.arena, max(0, activation_bytes(config, grid) - layout.arena))
+    copied = 3 * latent_bytes(grid) + condition_bytes(config, grid)  # a graph's own inputs, and its results twice
     return DiTBytes(*weights, layout.arena + passes * copied, layout.peak - layout.arena)
 
 

@@ -46,7 +46,8 @@ def test_a_gpu_with_kernels_runs_its_own_plan(monkeypatch):
 
 
 def test_memory_is_what_the_plan_states(monkeypatch):
-    monkeypatch.setattr(engine, "target_of", lambda device: "sm_90")
+    for module in (engine, compiled):
+        monkeypatch.setattr(module, "target_of", lambda device: "sm_90")
     gpu = Engine.from_pretrained("foal")
     plan, grid = gpu._planned("540p_sr")[1], Grid.of(896, 512, 126)
     layout = plan.at(velocity_sizes((grid.video, grid.audio, 640), grid.frames))
@@ -67,8 +68,17 @@ def tensors_of(dit):
     return [*condition, *(x for x in dit.compiled._run._fixed.values() if isinstance(x, torch.Tensor))]
 
 
-def test_an_arena_of_a_larger_clip_counts(monkeypatch):
-    monkeypatch.setattr(engine, "target_of", lambda device: "sm_90")
+def test_on_a_cpu_what_operators_take_is_in_it():
+    """Weights are those of the plan; the arena and what is beside it are no more than eager takes."""
+    cpu, grid = Engine.from_pretrained("foal"), Grid.of(448, 256, 126)
+    size, dit = cpu._dit_bytes("distill", grid, 1), cpu._parts["distill"]
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(dit)}
+    assert size.weights == sum(held.values())
+    layout = dit.compiled.plan.at(velocity_sizes((grid.video, grid.audio, 640), grid.frames))
+    assert size.arena == layout.arena < size.arena + size.beside == memory.activation_bytes(FOAL, grid)
+
+
+def test_an_arena_of_a_larger_clip_counts():
     gpu = Engine.from_pretrained("foal")
     small = Grid.of(64, 32, 10)
     before = gpu._dit_bytes("distill", small, 1)
