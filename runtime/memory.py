@@ -160,7 +160,7 @@ def audio_decode_bytes(width: int, latents: int) -> int:
 def audio_encode_bytes(width: int, latents: int) -> int:
     """Peak of Stable Audio's encoder, float32, on one window of the sound; width: of its first layer."""
     wave = 8 * 2048
-    return (40_960 * width + wave) * min(latents, audio_vae.WINDOW) + 4 * wave * latents
+    return (40_960 * width + wave) * min(latents, audio_vae.WINDOW) + 2 * wave * latents
 
 
 def audio_bytes(config: Mapping[str, Any], latents: int, given: bool) -> PartBytes:
