@@ -25,7 +25,10 @@ SUMS = {
     ops.linear_add_rms_norm.default: ops.linear_add_rms_norm_quantise.default,
 }
 ACTIVATIONS = (ops.activation.default, ops.linear_activation.default)
-NORMS = (ops.rms_norm.default, ops.rms_norm_quantise.default, *SUMS, *SUMS.values())
+# Which of a norm's results are normed rows: others are sums, which nothing bounds.
+NORMED = {
+    ops.rms_norm.default: 0, ops.rms_norm_quantise.default: 0, **dict.fromkeys((*SUMS, *SUMS.values()), 1)
+}  # fmt: skip
 
 
 def quantise_in_producer(graph: Graph) -> None:
@@ -73,6 +76,8 @@ def _fuse(graph: Graph, node: fx.Node, root: fx.Node, views: list[fx.Node]) -> s
             new = graph.call(producer.target, *others, like=producer)
         _statically(graph, node, new, views, 1 / FP8_GAINS[operand(producer, "kind")])
     elif producer.target is ATTENTION:
+        if producer.meta["val"].ndim == 4:
+            return "attention over a batch has no kernel that quantises"
         values = _values(args[2])
         if values is None:
             return "what attention reads as values is not known to be bounded"
@@ -81,6 +86,8 @@ def _fuse(graph: Graph, node: fx.Node, root: fx.Node, views: list[fx.Node]) -> s
             inverse = graph.call(aten.reciprocal.default, bound, like=producer)
             new = graph.call(ATTENTION, *args, inverse, like=producer)
         _statically(graph, node, new, views, bound)
+    elif producer.target in NORMED:
+        return "it reads a view of normed rows" if views else "it reads the sum, not what is normed of it"
     else:
         return f"{producer.target} has no kernel that quantises"
     graph.take("quantise_in_producer", new)
@@ -126,11 +133,9 @@ def _values(v: fx.Node) -> tuple[Any, ...] | None:
     linear = args_of(x)[0]
     rows, weight, experts, weight_scale = (operand(linear, name) for name in ("x", "weight", "experts", "weight_scale"))
     first += (operand(linear, "heads_q") + operand(linear, "heads_kv")) * operand(linear, "head_dim")
-    if rows.target is operator.getitem:
-        rows = args_of(rows)[0]
-        if rows.target is QUANTISE:
-            rows, _ = _source(args_of(rows)[0])
-            rows = args_of(rows)[0] if rows.target is operator.getitem else rows
-    if rows.target not in NORMS:
+    if rows.target is operator.getitem and args_of(rows)[0].target is QUANTISE:
+        rows = args_of(args_of(rows)[0])[0]
+    norm, result = args_of(rows) if rows.target is operator.getitem else (rows, 0)
+    if NORMED.get(norm.target) != result:
         return None
-    return weight, weight_scale, operand(rows, "gain"), experts, first, width
+    return weight, weight_scale, operand(norm, "gain"), experts, first, width
