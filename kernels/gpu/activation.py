@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from horsepower.kernels.activation import FP8_GAINS
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.gpu.elementwise import cut, gated, piece
-from horsepower.kernels.gpu.launch import Config, default, launch
+from horsepower.kernels.gpu.launch import Config, default, launch, writes_no_codes
 from horsepower.kernels.gpu.rows import refuses
 from horsepower.kernels.target import GPUS
 
@@ -18,8 +20,8 @@ KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit(do_not_specialize=["start", "step", "vectors", "pieces"])
 def activation_kernel(
-    u, start, step, out, vectors, pieces, KIND: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    TILE: tl.constexpr,
+    u, start, step, out, vectors, pieces, KIND: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row, first, left = piece(vectors, pieces, BLOCK, VECTOR)
     column = tl.max_contiguous(tl.arange(0, BLOCK), VECTOR)
@@ -30,11 +32,15 @@ def activation_kernel(
         z, linear = tl.split(tl.reshape(z, (BLOCK // 2, 2)))
         linear = tl.minimum(tl.maximum(linear, -7.0, KEEP_NAN), 7.0, KEEP_NAN)
         z = gated(tl.minimum(z, 7.0, KEEP_NAN), 1.702) * (linear + 1)
+        if GAIN != 1:
+            z *= GAIN
         made = tl.max_contiguous(tl.arange(0, BLOCK // 2), (VECTOR + 1) // 2)
         tl.store(out + to // 2 + made, z.to(out.dtype.element_ty), mask=made < left // 2)
     else:
         if KIND == "gelu7":
             z = gated(tl.minimum(z, 7.0, KEEP_NAN), 1.702)
+            if GAIN != 1:
+                z *= GAIN
         elif KIND == "gelu":
             z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
         elif KIND == "gelu_tanh":
@@ -46,12 +52,12 @@ def activation_kernel(
 
 # predicted: four 16-byte loads in flight a thread, at 32 registers, which leave room for every thread that fits
 CONFIGS = {arch: (Config(warps=4, constants={"TILE": 4096}),) for arch in GPUS}
-CLAIMS = {arch: {"activation_kernel": ("LDG.E.128", "STG.E.128|STG.E.64")} for arch in GPUS}
+CLAIMS = {arch: {"activation_kernel": ("LDG.E.128", "STG.E.128|STG.E.64|F2FP.SATFINITE.E4M3")} for arch in GPUS}
 
 
 def supports(u: Tensor, kind: str, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot take these inputs, or None."""
-    return "float64" if dtype == torch.float64 else refuses(u)
+    return "float64" if dtype == torch.float64 else writes_no_codes(u, dtype) or refuses(u)
 
 
 def run(
@@ -70,6 +76,7 @@ def run(
         way.vectors,
         way.pieces,
         KIND=kind,
+        GAIN=FP8_GAINS[kind] if dtype == E4M3 else 1,
         BLOCK=way.block,
         VECTOR=way.vector,
         config=config,
@@ -83,3 +90,5 @@ def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield f"swiglu7{label}", (up, "swiglu7", torch.bfloat16)
     for kind in ("gelu7", "gelu", "gelu_tanh", "silu"):
         yield kind, (torch.empty(4300, 20480, dtype=torch.bfloat16, device="meta"), kind, torch.bfloat16)
+    for kind, columns in (("swiglu7", 27392), ("gelu7", 20480)):
+        yield f"{kind} into codes", (torch.empty(4300, columns, dtype=torch.bfloat16, device="meta"), kind, E4M3)

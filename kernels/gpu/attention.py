@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from horsepower.kernels.gpu.launch import Config, default, launch, place_of
+from horsepower.kernels.float8 import E4M3
+from horsepower.kernels.gpu.launch import Config, default, launch, place_of, writes_no_codes
 from horsepower.kernels.modality import first_rows
 
 LOG2_E = 1.4426950408889634
@@ -66,8 +67,8 @@ def _tile(acc, total, top, q, k, v, seen, scale, MASKED: tl.constexpr):
 @triton.jit(do_not_specialize=PROMPT)
 def attention_kernel(
     q, k, v, gate, out, q_row, q_head, k_row, k_head, v_row, v_head, gate_row, gate_head, out_row, out_head, group,
-    second, third, L, S, scale, frames, tokens, window, D: tl.constexpr, WIDTH: tl.constexpr, WINDOWED: tl.constexpr,
-    GATED: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    second, third, L, S, scale, frames, tokens, window, inverse, D: tl.constexpr, WIDTH: tl.constexpr,
+    WINDOWED: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # The query heads of one kv head run side by side, then its other rows: its keys and values stay in the L2 cache
     tiles = tl.cdiv(L, BLOCK_M)
@@ -137,7 +138,10 @@ def attention_kernel(
         factor *= tl.sigmoid(tl.load(gate + place, mask=row < L, other=0.0).to(tl.float32))
     at = tl.arange(0, WIDTH)
     place = out + head.to(tl.int64) * out_head + (row.to(tl.int64) * out_row)[:, None] + at[None, :]
-    tl.store(place, (acc * factor[:, None]).to(out.dtype.element_ty), mask=(row < L)[:, None] & (at < D)[None, :])
+    acc *= factor[:, None]
+    if inverse is not None:
+        acc *= tl.load(inverse)
+    tl.store(place, acc.to(out.dtype.element_ty), mask=(row < L)[:, None] & (at < D)[None, :])
 
 
 def _config(m: int, n: int, warps: int, stages: int, tma: int) -> Config:
@@ -156,7 +160,10 @@ CLAIMS = {
 }
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: object) -> str | None:
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int], frames: int, video: int,
+    window: int, inverse: Tensor | None = None,
+) -> str | None:  # fmt: skip
     """Why the kernel cannot take these inputs, or None."""
     D = q.shape[-1]
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -167,17 +174,20 @@ def supports(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: object) -
         return f"head dimension {D}, not a multiple of 16 up to 256"
     if k.shape[-3] < 1:
         return "there are no keys"
+    if inverse is not None and (reason := writes_no_codes(q, E4M3)):
+        return reason
     return "the last dimension is not contiguous" if any(x.stride(-1) != 1 for x in (q, k, v)) else None
 
 
 def run(
     out: tuple[Tensor, ...], _workspace: None, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int,
-    counts: Sequence[int], frames: int, video: int, window: int, config: Config | None = None,
+    counts: Sequence[int], frames: int, video: int, window: int, inverse: Tensor | None = None,
+    config: Config | None = None,
 ) -> None:  # fmt: skip
     """Any strides of rows and heads. Scores, softmax and sums in float32; the weights rounded to v's dtype."""
     if q.ndim == 4:
         for each in zip(out[0], q, k, v, strict=True):
-            run((each[0],), None, *each[1:], None, 1, [], frames, video, window, config)
+            run((each[0],), None, *each[1:], None, 1, [], frames, video, window, None, config)
         return
     L, Hq, D = q.shape
     if not L:
@@ -212,6 +222,7 @@ def run(
         frames if windowed else 1,
         video // frames if windowed else 1,
         min(window, frames) if windowed else 0,
+        inverse,
         D=D,
         WIDTH=triton.next_power_of_2(D),
         WINDOWED=windowed,
@@ -259,3 +270,6 @@ def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         q, k, v = projection[:, : 56 * D].unflatten(1, (56, D)).split([40, 8, 8], 1)
         gate = projection[:, 56 * D : 56 * D + 40]
         yield label, (q, k, v, gate, 1, [4160, 100, 40], 26, 4160, window)
+        if D == 128:
+            inverse = torch.empty(1, device="meta")
+            yield f"{label}, into codes", (q, k, v, gate, 1, [4160, 100, 40], 26, 4160, window, inverse)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from exactness import check_codes
 from gpu import DEVICE, check
-from horsepower.kernels.activation import ACTIVATION, KINDS
+from horsepower.kernels.activation import ACTIVATION, FP8_GAINS, KINDS
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.gpu import activation
 from horsepower.kernels.gpu.launch import Config
 
@@ -81,3 +83,20 @@ def test_what_the_kernel_does_not_take():
     assert activation.supports(torch.ones(8, 4).T, "silu", F32) == "the last dimension is not contiguous"
     assert activation.supports(torch.ones(2, 3, 8)[:, :2], "silu", F32) == "its rows are not equally far apart"
     assert activation.supports(torch.ones(2, 8), "silu", torch.float64) == "float64"
+
+
+@pytest.mark.parametrize("kind", FP8_GAINS)
+@pytest.mark.parametrize("u_dtype", [F16, F32, BF16])
+def test_results_leave_as_codes(kind, u_dtype):
+    """As far out as the limits, which become the largest codes; what is not a number stays so."""
+    u = values(13, 250, u_dtype, 4)
+    u[0, :2], u[1, 0], u[2, 1] = 1e4, torch.nan, torch.nan
+    for strided in (u, u[:, 2:244]):
+        outputs = ACTIVATION.outputs(strided, kind, E4M3)
+        outputs[0].view(torch.uint8).fill_(0)
+        activation.run(outputs, None, strided, kind, E4M3, config=SMALL)
+        (exact,) = ACTIVATION.reference(strided.double(), kind, torch.float64)
+        check_codes(outputs[0], exact * FP8_GAINS[kind])
+    outputs = ACTIVATION.outputs(u, kind, E4M3)
+    activation.run(outputs, None, u, kind, E4M3)
+    assert outputs[0][0, 0].float() == 448

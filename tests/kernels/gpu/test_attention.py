@@ -5,7 +5,7 @@ from itertools import count
 import pytest
 import torch
 
-from exactness import check_exactness
+from exactness import check_codes, check_exactness
 from gpu import DEVICE, check
 from horsepower.kernels.attention import ATTENTION
 from horsepower.kernels.gpu import attention
@@ -179,11 +179,36 @@ def test_the_default_configuration():
 
 def test_what_the_kernel_refuses():
     q, k, v, gate = inputs(6, gate=(6, 4))
-    assert attention.supports(q, k, v, gate) is None
-    assert "neither bfloat16 nor float16" in attention.supports(q.float(), k.float(), v.float(), gate)
-    assert attention.supports(q, k, v, gate.double()) == "the gate is float64"
-    assert attention.supports(q, k[:0], v[:0], None) == "there are no keys"
+    assert attention.supports(q, k, v, gate, *FULL) is None
+    assert "neither bfloat16 nor float16" in attention.supports(q.float(), k.float(), v.float(), gate, *FULL)
+    assert attention.supports(q, k, v, gate.double(), *FULL) == "the gate is float64"
+    assert attention.supports(q, k[:0], v[:0], None, *FULL) == "there are no keys"
     turned = v.transpose(1, 2).contiguous().transpose(1, 2)
-    assert attention.supports(q, k, turned, gate) == "the last dimension is not contiguous"
+    assert attention.supports(q, k, turned, gate, *FULL) == "the last dimension is not contiguous"
     for dim in (8, 24, 272):
-        assert attention.supports(*inputs(2, dim=dim)) == f"head dimension {dim}, not a multiple of 16 up to 256"
+        assert attention.supports(*inputs(2, dim=dim), *FULL) == f"head dimension {dim}, not a multiple of 16 up to 256"
+
+
+def check_as_codes(*arguments, inverse, config):
+    """The result in float32, times `inverse`, to the nearest code."""
+    out = ATTENTION.outputs(*arguments, inverse)
+    out[0].view(torch.uint8).fill_(0x7F)
+    attention.run(out, None, *arguments, inverse, config=config)
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+    check_codes(out[0], ATTENTION.reference(*wide)[0] * inverse.double())
+    return out[0].float()
+
+
+@pytest.mark.parametrize("config", [TMA, POINTERS], ids=str)
+def test_results_leave_as_codes(config):
+    inverse = torch.tensor([300.0], device=DEVICE)
+    check_as_codes(*inputs(37, dtype=F32, gate=(37, 4)), *FULL, inverse=inverse, config=config)
+    check_as_codes(*inputs(44, 2, 1, dtype=F32), 1, [], 5, 35, 1, inverse=inverse, config=config)
+
+
+def test_what_is_too_large_for_a_code_saturates():
+    q, k, v, _ = inputs(20, dtype=F32)
+    v[:, 0, 0] = torch.nan
+    got = check_as_codes(q, k, 100 * v, None, *FULL, inverse=torch.tensor([1000.0], device=DEVICE), config=TMA)
+    assert (got.abs() == 448).any()
+    assert got.isnan().any()
