@@ -1,6 +1,7 @@
 """What a tuning does with times: a stand-in gives them, so that no GPU and no clock is needed."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from horsepower.kernels.tables import PARTS, Candidate
 from horsepower.kernels.target import target_of
 
 BF16 = torch.bfloat16
-FIRST, SECOND, WHOLE = candidates(OPS["linear_activation"], "sm_90")
+F32, E4M3 = torch.float32, torch.float8_e4m3fn
+FIRST, SECOND, *_, WHOLE = candidates(OPS["linear_activation"], "sm_90")
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +144,48 @@ def test_attention_by_any_kernel_is_checked_beside_the_edges_of_frames(window, m
 def test_nothing_that_runs_is_no_choice():
     point = measure(attention(kernel("cudnn", refused="no")), "sm_90", timer(), "cpu")
     assert (point.best(), [each.failed for each in point.timed]) == (None, ["no"])
+
+
+def sized(*shape, dtype=F32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+QUANTISED = {
+    "linear_activation": (meta(40, 32), sized(96, 32, dtype=E4M3), 1, [], "gelu7", E4M3, None, sized(96, 1)),
+    "linear_add_rms_norm_quantise": (
+        sized(40, 32, dtype=E4M3), sized(96, 32, dtype=E4M3), 1, sized(40, 96), None, sized(96), [], 1e-6,
+        sized(40, 1), sized(96, 1),
+    ),
+    "attention": (meta(40, 4, 16), meta(40, 2, 16), meta(40, 2, 16), None, 1, [], 2, 20, 0, sized(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_codes_are_checked_and_only_configurations_for_them_are_tried(name, monkeypatch):
+    op, wrong = OPS[name], [False]
+
+    def run(out, workspace, *inputs, config):
+        for into, result in zip(out, op.reference(*inputs), strict=True):
+            into.copy_(result)
+        codes = next(each for each in out if each.dtype == E4M3)
+        if wrong[0]:
+            codes[-1] = -codes[-1].float()  # one row of forty
+
+    monkeypatch.setattr(import_module(f"horsepower.kernels.gpu.{name}"), "run", run)
+    job = Job(replace(op, kernels=(kernel("triton"),)), QUANTISED[name], 1)
+
+    def times(runs):
+        return {way: [1e-6] * 5 for way in runs}
+
+    point = measure(job, "sm_90", times, "cpu")
+    tried = [each.candidate.config for each in point.timed if each.candidate.kernel == "triton"]
+    form = {"linear_activation": "w8a16", "linear_add_rms_norm_quantise": "fp8"}.get(name, "BLOCK_M")
+    assert tried
+    assert all(config.startswith(form) for config in tried)
+    assert [each.failed for each in point.timed] == [None] * len(point.timed)
+    wrong[0] = True
+    point = measure(job, "sm_90", times, "cpu")
+    assert all(each.failed.startswith("wrong: its error is") for each in point.timed if each.candidate.config)
 
 
 class Mlp(nn.Module):
