@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from horsepower.quant.quantised import Values, plain
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "SHA256SUMS"
@@ -65,6 +67,12 @@ def read_header(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file. Raises ValueError if it is no such file, or cut short."""
     with _opened(file) as f:
         return {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118  (no mapping)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors. Raises ValueError as `read_header`."""
+    with _opened(file) as f:
+        return f.metadata() or {}
 
 
 def _opened(file: Path) -> Any:
@@ -150,10 +158,15 @@ class Tensors(Mapping[str, Tensor]):
         if name in self._defaults:
             return _placed(self._defaults[name], like, self._device, f"default of {name}")
         key = self._keys[name]
+        return _placed(self.read(key), like, self._device, f"checkpoint {self._files[key]}: {key}")
+
+    def read(self, key: str) -> Tensor:
+        """What a file holds under a key of its own, as it is."""
         file = self._files[key]
         if file not in self._opened:
             self._opened[file] = _opened(file)
-        return _placed(self._opened[file].get_tensor(key), like, self._device, f"checkpoint {file}: {key}")
+        found: Tensor = self._opened[file].get_tensor(key)
+        return found
 
 
 def load(
@@ -173,22 +186,19 @@ def load(
 
 
 def fill(
-    module: nn.Module,
-    values: Mapping[str, Tensor],
-    device: torch.device | str,
-    prefix: str = "",
-    skip: Sequence[str] = (),
+    module: nn.Module, values: Values, device: torch.device | str, prefix: str = "", skip: Sequence[str] = ()
 ) -> None:
     """Give a module, which may stand on the meta device, values on a device, one by one.
 
     values: by the names of its parameters and buffers, with a prefix. skip: submodules that have theirs.
+    Raises ValueError for values of eight bits.
     """
     own = tuple(f"{path}." for path in skip)
     for name, old in [*module.named_parameters(), *module.named_buffers()]:
         if name.startswith(own):
             continue
         owner_name, _, leaf = name.rpartition(".")
-        new = values[prefix + name].to(device)
+        new = plain(prefix + name, values[prefix + name]).to(device)
         setattr(
             module.get_submodule(owner_name),
             leaf,

@@ -16,6 +16,7 @@ from horsepower.graph.code import UnkeyedError
 from horsepower.graph.key import key_of
 from horsepower.graph.plan import Plan, plan_of
 from horsepower.kernels.target import check_target, target_of
+from horsepower.quant.quantised import Values
 from horsepower.quant.scheme import Scheme, scheme_of
 from horsepower.runtime.cache import find, keep
 from horsepower.runtime.devices import indexed
@@ -30,9 +31,7 @@ class Compiled:
     Parameters changed in place or attributes changed after compiling raise RuntimeError at the next call.
     """
 
-    def __init__(
-        self, module: nn.Module, plan: Plan, found: bool, seconds: float, weights: Mapping[str, Tensor] | None = None
-    ):
+    def __init__(self, module: nn.Module, plan: Plan, found: bool, seconds: float, weights: Values | None = None):
         """weights: in the place of the module's own; the module may then be on the meta device."""
         self.plan = plan
         self.found = found  # on disk, so that nothing was traced
@@ -160,7 +159,7 @@ def compile(
     cache: bool = True,
     target: str | None = None,
     device: torch.device | str | None = None,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Values | None = None,
     scheme: str | Scheme | None = None,
 ) -> Compiled:
     """Capture `module.method`, fuse what can be fused, and plan it; or find the plan that was made before.
@@ -174,7 +173,7 @@ def compile(
     target: "cpu", "sm_80" or "sm_90", for a plan to look at; None takes the device that it runs on.
     device: where the plan runs, and its inputs lie; None takes the device that the module and the examples lie on.
     weights: parameters and buffers by name, for a module on the meta device. Each is asked for once, brought to the
-    device, and dropped as soon as what is made of it is there.
+    device, and dropped as soon as what is made of it is there. What the scheme quantises may come as `Quantised`.
     scheme: of eight bits, "fp8" or "fp8-weights", or one of your own; it changes numbers, see `horsepower quantize`.
     cache: look for the plan on disk (`runtime/cache.py`), and keep it there; nothing is traced if it is found.
     Raises CaptureError for code that cannot be one graph, and ValueError if a fusion that is expected does not happen.

@@ -12,9 +12,11 @@ from torch.utils import _pytree as pytree
 from horsepower.graph.call import Call, Ref, Weight
 from horsepower.graph.contract import IntegerRule, TensorRule
 from horsepower.graph.memory import Layout, Place
-from horsepower.graph.operators import operator_of, writer_of
+from horsepower.graph.operators import name_of, operator_of, writer_of
 from horsepower.graph.plan import Plan
+from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import op_of
+from horsepower.quant.quantised import Quantised, Values, check_pair, plain
 from horsepower.runtime.devices import StreamOrder, check_free, current
 from horsepower.runtime.replay import Replay, capture
 
@@ -23,6 +25,7 @@ Step = Callable[[Env], None]
 Read = Callable[[Env], tuple[list[Any], dict[str, Any]]]
 Around = Callable[[Call, Step], Step]  # what is executed in a step's stead
 
+QUANTISE = name_of(ops.quantise.default)
 PROGRAMS = 8  # sets of sizes that an arena remembers: a prompt has its own token count, and a clip several steps
 
 
@@ -32,11 +35,11 @@ class Executor:
     Each thread that runs takes an arena of its own for as long as its call lasts; there are as many as ran at once.
     """
 
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor]):
+    def __init__(self, plan: Plan, weights: Values):
         """`weights`: every parameter and buffer by name, each asked for once; it may lie elsewhere than the plan.
 
-        A weight on the plan's device that no recipe changes is used as it is. Raises ValueError for a missing one, or
-        another shape or dtype.
+        A weight on the plan's device that no recipe changes is used as it is; one that the plan quantises may be so
+        already. Raises ValueError for a missing one, or another shape or dtype.
         """
         self.plan = plan
         there = {*weights, *plan.constants}  # their names: to look for one in a Mapping is to ask for it
@@ -103,21 +106,36 @@ class Executor:
         return pytree.tree_unflatten(flat, self.plan.out_spec)
 
 
-def _loaded(plan: Plan, weights: Mapping[str, Tensor]) -> Env:
+def _loaded(plan: Plan, weights: Values) -> Env:
     """What the calls read of weights and of what is made from them. On the way a weight or two lie there beside it."""
     env: Env = {}
+    names = {weight.value: weight.name for weight in plan.weights}
     for load in plan.loading:
         for weight in load.takes:
             env[weight.value] = _taken(weight, plan.constants if weight.name in plan.constants else weights)
         if load.call is not None:
-            _fresh(load.call, _reader(load.call, {}))(env)
+            _load(load.call, env, names)
         for name in load.frees:
             env.pop(name)
-    return env
+    return {name: plain(names.get(name, name), value) for name, value in env.items()}
 
 
-def _taken(weight: Weight, known: Mapping[str, Tensor]) -> Tensor:
+def _load(call: Call, env: Env, names: Mapping[str, str]) -> None:
+    """Execute a call, but for the one whose result was given in its operand's stead."""
+    given = {name: env[name] for name in call.reads}
+    if call.target == QUANTISE and isinstance(made := next(iter(given.values())), Quantised):
+        env[call.result] = tuple(made)
+        return
+    for name, value in given.items():
+        plain(names.get(name, name), value)
+    _fresh(call, _reader(call, {}))(env)
+
+
+def _taken(weight: Weight, known: Values) -> Tensor | Quantised:
     got, spec = known[weight.name], weight.spec
+    if isinstance(got, Quantised):
+        check_pair(weight.name, got, spec.shape)
+        return Quantised(*(x.to(spec.device) for x in got))
     if (tuple(got.shape), got.dtype) != (spec.shape, spec.dtype):
         raise ValueError(f"{weight.name}: got {list(got.shape)} {got.dtype}, allowed: {spec}")
     return got.to(spec.device)

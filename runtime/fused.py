@@ -8,6 +8,7 @@ from torch import Tensor
 
 from horsepower.graph import passes
 from horsepower.graph.plan import Plan
+from horsepower.quant.quantised import Values
 from horsepower.quant.scheme import Scheme
 from horsepower.runtime.checkpoint import fill
 from horsepower.runtime.compiled import Compiled, compile, planned
@@ -55,7 +56,7 @@ def compile_velocity(
     expect: Mapping[str, int] | None = None,
     cache: bool = True,
     device: torch.device | None = None,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Values | None = None,
     scheme: str | Scheme | None = None,
 ) -> Compiled:
     """`model.velocity` as one plan for all lengths; the arguments are those of `compile`."""
@@ -95,7 +96,7 @@ class FusedDiT:
         model: DiT,
         strict: bool = True,
         plan: Plan | None = None,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Values | None = None,
         scheme: str | Scheme | None = None,
     ):
         """`model` with its weights, perhaps under a scheme; or on the meta device, with its `plan` and its `weights`.
@@ -134,7 +135,7 @@ class FusedDiT:
         return self
 
 
-def conditioner(model: DiT, weights: Mapping[str, Tensor], device: torch.device | str) -> DiT:
+def conditioner(model: DiT, weights: Values, device: torch.device | str) -> DiT:
     """A twin of a model on the meta device that has what `condition` reads, and nothing else."""
     twin = copy.deepcopy(model)  # of the meta device: nothing is copied
     for part in CONDITIONER:
