@@ -45,6 +45,7 @@ from horsepower.runtime.pipeline import (
 )
 from horsepower.runtime.presets import MODELS, ModelName, Sizes, sizes
 from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, structured_prompt
+from horsepower.runtime.quantised_checkpoint import Stored, preset_of
 from horsepower.runtime.request import Cancelled, Progress, Request, Result
 from horsepower.runtime.residence import HOST, Movable, Residence
 from horsepower.runtime.sampling import Noise, SeededNoise
@@ -97,8 +98,8 @@ class Engine:
         device_memory: int | None = None,
     ):
         self._source, self.model, self.device, self.dtype, self.mode = source, model, device, dtype, mode
-        self.scheme = scheme
-        eight = () if scheme is None else (f"scheme: {scheme.name}, {scheme.says}",)
+        self._asked, self.scheme = scheme, _scheme(scheme, source.stored(model), mode, device, dtype)
+        eight = () if self.scheme is None else (f"scheme: {self.scheme.name}, {self.scheme.says}",)
         self._strict, self._notes, self._device_memory = strict, (*source.notes, *notes, *eight), device_memory
         self._plans: dict[ModelName, tuple[DiT, Plan]] = {}
         self._parts = Residence(device, self._load)
@@ -126,25 +127,25 @@ class Engine:
             fused on a CPU and on GPUs that there are kernels for, of capability 8.0 and newer.
         strict: a fusion that the model family expects and that does not happen is an error that says where; otherwise
             the model runs with those that did.
-        scheme: linear layers in eight bits, quantised while they are loaded: "fp8" (Hopper), "fp8-weights"; "te" and
-            "te-block" (Hopper, mode "eager") by Transformer Engine.
+        scheme: linear layers in eight bits: "fp8" (Hopper) or "fp8-weights", quantised while they are loaded; "te" and
+            "te-block" (Hopper, mode "eager") by Transformer Engine. None takes that of a quantised checkpoint.
         device_memory: bytes of the device that the engine may take; None: what is free. Where not all parts of a
             request fit beside each other they take turns, waiting on the host; bits of clips do not depend on it.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
         Raises ValueError naming what is missing or wrong.
         """
-        chosen = _device(device)
-        scheme = scheme_of(scheme)
-        mode, notes = _mode("eager" if mode is None and scheme is not None and scheme.recipe else mode, chosen)
-        _check_scheme(scheme, mode, chosen, dtype)
-        dtype = torch.bfloat16 if scheme is not None else _dtype(dtype, chosen)
-        source = _open(folder, chosen, dtype)
+        chosen, asked = checked_device(device), scheme_of(scheme)
+        mode, notes = _mode("eager" if mode is None and asked is not None and asked.recipe else mode, chosen)
+        source = open_source(folder, chosen, torch.bfloat16)  # to look at: the scheme decides the dtype
         there = [name for name in ("distill", "base") if name in source.models()]
         if not there or model not in (None, *there):
             got = repr(model) if there else f"neither in {folder}"
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
-        chosen_model = there[0] if model is None else model
-        engine = cls(source, chosen_model, chosen, dtype, mode, strict, scheme, notes, _bytes(device_memory))
+        name = there[0] if model is None else model
+        quantised = _scheme(asked, source.stored(name), mode, chosen, dtype) is not None
+        dtype = torch.bfloat16 if quantised else _dtype(dtype, chosen)
+        source = open_source(folder, chosen, dtype)
+        engine = cls(source, name, chosen, dtype, mode, strict, asked, notes, _bytes(device_memory))
         engine._open()
         return engine
 
@@ -346,10 +347,10 @@ class Engine:
         return made[name]()
 
     def _dit(self, name: ModelName) -> DiT | FusedDiT:
-        if self.mode == "eager" and self.scheme is not None:
-            return te_dit(self._source, name, self.device, self.dtype, self.scheme)
         if self.mode == "eager":
-            return eager_dit(self._source, name, self.device, self.dtype)
+            scheme = _scheme(self._asked, self._source.stored(name), self.mode, self.device, self.dtype)
+            how = (self._source, name, self.device, self.dtype)
+            return eager_dit(*how) if scheme is None else te_dit(*how, scheme)
         model, plan = self._planned(name)
         # Weights go from the source through the plan's recipes; the model itself has none.
         return FusedDiT(model, plan=plan, weights=self._source.weights(name))
@@ -357,7 +358,8 @@ class Engine:
     def _planned(self, name: ModelName) -> tuple[DiT, Plan]:
         if name not in self._plans:
             model = DiT(self._source.config(name), self.dtype, "meta").eval()
-            self._plans[name] = model, plan_velocity(model, self.device, self._strict, scheme=self.scheme)
+            scheme = _scheme(self._asked, self._source.stored(name), self.mode, self.device, self.dtype)
+            self._plans[name] = model, plan_velocity(model, self.device, self._strict, scheme=scheme)
         return self._plans[name]
 
     def _check_channels(self, name: ModelName) -> None:
@@ -369,19 +371,23 @@ class Engine:
             raise ValueError(f"model {name}: got {got} channels of video, audio, text, allowed: {allowed}")
 
 
-def _open(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> Source:
+def open_source(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> Source:
+    """The preset "foal", or a folder of checkpoints. Raises ValueError if there is none."""
     if folder == "foal":
         from horsepower.runtime.foal import Foal
 
         return Foal(device, dtype)
+    from horsepower.runtime.foal import StoredFoal
     from horsepower.runtime.released import ReleasedFolder
 
     if not isinstance(folder, str | os.PathLike) or not Path(folder).is_dir():
         raise ValueError(f"folder: got {str(folder)!r}, allowed: a folder of checkpoints, or the preset foal")
-    return ReleasedFolder(Path(folder), device, dtype)
+    kind = StoredFoal if preset_of(Path(folder)) == "foal" else ReleasedFolder
+    return kind(Path(folder), device, dtype)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """A device by its name; None takes the first GPU, else the CPU. Raises ValueError for one that is not there."""
     if device is None:
         return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -406,16 +412,21 @@ def _mode(mode: str | None, device: torch.device) -> tuple[str, tuple[str, ...]]
     return mode or MODES[0], ()
 
 
-def _check_scheme(scheme: Scheme | None, mode: str, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Raise ValueError for a scheme that cannot be had here."""
+def _scheme(
+    asked: Scheme | None, stored: Stored | None, mode: str, device: torch.device, dtype: torch.dtype | None
+) -> Scheme | None:
+    """Of a model: the one asked for, or its checkpoint's. Raises ValueError for one that cannot be had here."""
+    scheme = asked if stored is None else stored.scheme_for(asked)
     if scheme is None:
-        return
+        return None
     allowed = "eager" if scheme.recipe else "fused"
     if mode != allowed:
+        if stored is not None:
+            raise ValueError(f"mode: got {mode} with a checkpoint of {stored.scheme}, allowed: {allowed}")
         raise ValueError(f"scheme: got {scheme.name} with mode {mode}, allowed: with mode {allowed}")
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"scheme: got {scheme.name} with {dtype}, allowed: with torch.bfloat16")
-    scheme.check(target_of(device))
+    return scheme.check(target_of(device))
 
 
 def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -5,11 +5,12 @@ response to prompt, image and sound) and no meaning.
 """
 
 import zlib
-from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from horsepower.quant.quantised import Values
 from horsepower.runtime import memory
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.memory import PartBytes
@@ -19,6 +20,8 @@ from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.models.text import HashedWordEncoder, TextEncoder
 from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
 from horsepower.runtime.presets import FOAL_MODELS, ModelName
+from horsepower.runtime.quantised_checkpoint import Stored
+from horsepower.runtime.released import Models
 from horsepower.runtime.source import AudioCodec, ImageEncoder, OobleckCodec, Turbo, VideoDecoder, WanEncoder
 from horsepower.runtime.tokens import Grid
 
@@ -40,7 +43,10 @@ class Foal:
     def config(self, name: ModelName) -> DiTConfig:
         return FOAL_MODELS[name]
 
-    def weights(self, name: ModelName) -> Mapping[str, Tensor]:
+    def stored(self, name: ModelName) -> Stored | None:
+        return None
+
+    def weights(self, name: ModelName) -> Values:
         model = DiT(FOAL_MODELS[name], self._dtype)
         generate(model, name)
         with torch.no_grad():
@@ -86,6 +92,26 @@ class Foal:
 
     def audio_memory(self, latents: int, given: bool) -> PartBytes:
         return memory.audio_bytes({"encoder_width": AUDIO_WIDTH, "decoder_width": AUDIO_WIDTH}, latents, given)
+
+
+class StoredFoal(Foal):
+    """The preset with DiTs from a folder, where `horsepower quantize` wrote them."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
+        super().__init__(device, dtype)
+        self._models = Models(folder, device, dtype)
+
+    def models(self) -> tuple[ModelName, ...]:
+        return self._models.models()
+
+    def config(self, name: ModelName) -> DiTConfig:
+        return self._models.config(name)
+
+    def stored(self, name: ModelName) -> Stored | None:
+        return self._models.stored(name)
+
+    def weights(self, name: ModelName) -> Values:
+        return self._models.weights(name)
 
 
 def generate(module: nn.Module, name: str) -> None:

@@ -5,16 +5,18 @@ turbo_vae/                          the Turbo decoder: its JSON, and its checkpo
 Wan2.2-TI2V-5B/                     Wan2.2_VAE.safetensors (converted), or vae/ as diffusers has it
 stable-audio-open-1.0/              model.safetensors and model_config.json, or vae/ as diffusers has it
 t5gemma-9b-9b-ul2/                  the text encoder, as transformers has it
+
+DiTs may be quantised ones (`quantised_checkpoint`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from horsepower.quant.quantised import Values
 from horsepower.runtime import memory
 from horsepower.runtime.checkpoint import INDEX, SINGLE, Tensors, Weights, load, read_json
 from horsepower.runtime.memory import PartBytes
@@ -30,6 +32,7 @@ from horsepower.runtime.models.text import (
 )
 from horsepower.runtime.models.turbo_vae import TurboConfig, TurboDecoder
 from horsepower.runtime.presets import MODELS, ModelName
+from horsepower.runtime.quantised_checkpoint import Stored, StoredTensors
 from horsepower.runtime.source import (
     AudioCodec,
     ImageEncoder,
@@ -102,14 +105,11 @@ class ReleasedSizes:
         return {"encoder_width": 128, "decoder_width": 128}
 
 
-class ReleasedFolder(ReleasedSizes):
-    """The folder's parts, on a device and in the dtype of the matrix products. ValueErrors name what is wrong."""
-
-    notes: tuple[str, ...] = ()
+class Models:
+    """The folder's DiTs, on a device and in the dtype of the matrix products. ValueErrors name what is wrong."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        super().__init__(dtype)
-        self._folder, self._device = folder, device
+        self._folder, self._device, self._dtype = folder, device, dtype
 
     def models(self) -> tuple[ModelName, ...]:
         return tuple(n for n in MODELS if any((self._folder / n / file).exists() for file in (INDEX, SINGLE)))
@@ -118,11 +118,23 @@ class ReleasedFolder(ReleasedSizes):
         file = self._folder / name / "config.json"
         return DiTConfig.from_dict(read_json(file)) if file.exists() else MODELS[name]
 
-    def weights(self, name: ModelName) -> Mapping[str, Tensor]:
-        config = self.config(name)
+    def stored(self, name: ModelName) -> Stored | None:
+        found = Stored.of(self._folder / name)
+        return None if found is None else found.check(name, self.config(name))
+
+    def weights(self, name: ModelName) -> Values:
+        config, files = self.config(name), Weights.find(self._folder / name)
+        model = DiT(config, self._dtype, "meta")
+        if self.stored(name) is not None:
+            return StoredTensors(model, files, self._device)
         bands = FourierRope(config.head_dim, torch.float32, "cpu").bands
-        files = Weights.find(self._folder / name)
-        return Tensors(DiT(config, self._dtype, "meta"), files, self._device, defaults={"adapter.rope.bands": bands})
+        return Tensors(model, files, self._device, defaults={"adapter.rope.bands": bands})
+
+
+class ReleasedFolder(Models, ReleasedSizes):
+    """The folder's parts, and what they take."""
+
+    notes: tuple[str, ...] = ()
 
     def text_encoder(self) -> TextEncoder:
         return T5GemmaEncoder(self._part(TEXT), self._device)

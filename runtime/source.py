@@ -1,12 +1,13 @@
 """Where an engine's parts come from: the built-in preset, or a folder of released checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from horsepower.quant import transformer_engine
+from horsepower.quant.quantised import Values, plain
 from horsepower.quant.scheme import Scheme
 from horsepower.runtime.checkpoint import fill
 from horsepower.runtime.models import audio_vae, wan_vae
@@ -15,6 +16,7 @@ from horsepower.runtime.models.text import TextEncoder
 from horsepower.runtime.models.turbo_vae import TurboDecoder
 from horsepower.runtime.phases import PartSizes
 from horsepower.runtime.presets import ModelName
+from horsepower.runtime.quantised_checkpoint import Stored
 from horsepower.runtime.residence import Movable
 
 if TYPE_CHECKING:
@@ -114,7 +116,11 @@ class Source(PartSizes, Protocol):
         """The DiTs that are there."""
         ...
 
-    def weights(self, name: ModelName) -> Mapping[str, Tensor]:
+    def stored(self, name: ModelName) -> Stored | None:
+        """What a DiT's checkpoint says of itself, if it holds weights of eight bits."""
+        ...
+
+    def weights(self, name: ModelName) -> Values:
         """A DiT's parameters and buffers by name, in its dtypes, read when they are asked for, on any device."""
         ...
 
@@ -134,7 +140,12 @@ def te_dit(source: Source, name: ModelName, device: torch.device, dtype: torch.d
     the package is not there.
     """
     model, weights = DiT(source.config(name), dtype, "meta"), source.weights(name)
-    taken = transformer_engine.convert(model, Linear, lambda path: weights[f"{path}.weight"].to(device), scheme)
+
+    def weight(path: str) -> Tensor:
+        name = f"{path}.weight"
+        return plain(name, weights[name]).to(device)
+
+    taken = transformer_engine.convert(model, Linear, weight, scheme)
     fill(model, weights, device, skip=tuple(taken))
     return model.eval()
 

@@ -113,6 +113,6 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch, m
 def test_numbers_of_gpus_are_those_of_their_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert engine._device("cuda") == engine._device(None) == torch.device("cuda", 1)
-    assert engine._device("cuda:0") == torch.device("cuda", 0)
-    assert engine._device("cpu") == torch.device("cpu")
+    assert engine.checked_device("cuda") == engine.checked_device(None) == torch.device("cuda", 1)
+    assert engine.checked_device("cuda:0") == torch.device("cuda", 0)
+    assert engine.checked_device("cpu") == torch.device("cpu")
