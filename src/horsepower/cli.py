@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands.add_parser("generate", help="make a clip from a prompt"))
     _add_convert(commands.add_parser("convert", help="turn a published pickle into safetensors"))
     _add_bench(commands.add_parser("bench", help="measure a step: eager, torch.compile, and each fusion"))
+    _add_quantize(commands.add_parser("quantize", help="measure eight bits layer by layer, and write a checkpoint"))
     verify = commands.add_parser("verify", help="execute every rewrite beside what it replaced, against float64")
     _add_report(verify, _verify, ("foal",))
     verify.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -119,6 +120,25 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="checkpoint-340000.ckpt, Wan2.2_VAE.pth")
     parser.add_argument("target", nargs="?", help="file to write (default: beside the source, .safetensors)")
     parser.set_defaults(command=_convert)
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--preset", default="foal", choices=("foal",), help="built-in model (default: %(default)s)")
+    where.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints")
+    parser.add_argument(
+        "--variant", action="append", default=[], metavar="NAME",
+        help="model of it; may be repeated (default: all of a folder, distill of the preset)",
+    )  # fmt: skip
+    parser.add_argument("--scheme", default="fp8", metavar="NAME", help="fp8 or fp8-weights (default: %(default)s)")
+    parser.add_argument("--calibrate", metavar="FILE", help="prompts to measure with, one a line (default: two)")
+    parser.add_argument("--budget", type=float, metavar="E", help="of a layer, relative L2 (default: 0.06)")
+    parser.add_argument("--latent-budget", type=float, metavar="E", help="of the final latents (default: 0.15)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="new folder for the quantised checkpoint")
+    parser.add_argument("--json", metavar="FILE", help="write the report for programs")
+    parser.add_argument("--html", metavar="FILE", help="write the report as one page, with a plot")
+    parser.set_defaults(command=_quantize)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -267,6 +287,24 @@ def _size(text: str | None) -> int | None:
     if size < 1:
         raise ValueError(f"device_memory: got {text!r}, allowed: bytes, or a size such as 40GB or 37GiB")
     return size
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    _prepare_process()
+    from pathlib import Path
+
+    from horsepower.quantizing import Options, quantise, read_prompts
+
+    _check_files(arguments)
+    given = {name: getattr(arguments, name) for name in ("scheme", "budget", "latent_budget")}
+    given["variants"] = tuple(arguments.variant)
+    given["prompts"] = None if arguments.calibrate is None else read_prompts(arguments.calibrate)
+    given["output"] = None if arguments.output is None else Path(arguments.output)
+    options = Options(**{name: value for name, value in given.items() if value is not None})
+    preset = None if arguments.model else arguments.preset
+    holds, brief, full = quantise(preset, arguments.model, options, _device(arguments), _say)
+    _publish(arguments, brief, full)
+    return 0 if holds else 1
 
 
 def _prepare_process() -> None:
