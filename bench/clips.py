@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from horsepower.runtime.engine import SUPER_RESOLUTION
 from horsepower.runtime.fused import FusedDiT
 from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.phases import SUPER_RESOLUTION
 from horsepower.runtime.pipeline import BaseGuidance, Latents, Stage, Texts, denoise, prepare, super_resolve
 from horsepower.runtime.presets import ModelName
 from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT

@@ -76,6 +76,7 @@ TE_BLOCK = replace(
     TE, name="te-block", says="Transformer Engine's linear layers, a scale a block of 128", recipe="block"
 )
 SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK)}
+BY_CHANNEL = {scheme.name: scheme for scheme in (FP8, FP8_WEIGHTS)}  # whose weights are the same codes and scales
 
 
 def scheme_of(given: "str | Scheme | None") -> Scheme | None:

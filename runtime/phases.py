@@ -1,6 +1,7 @@
 """What each phase of a request needs of a device, from sizes alone: no weights, and nothing is allocated."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from horsepower.runtime.memory import DiTBytes, PartBytes, picture_bytes, stage_bytes
@@ -11,6 +12,7 @@ from horsepower.runtime.request import Request
 from horsepower.runtime.tokens import FPS, Grid
 from horsepower.runtime.turns import Part, Phase
 
+SUPER_RESOLUTION = Stage("super-resolution", 5, "unipc", coords="v1")
 TEXT, IMAGE, VIDEO, AUDIO = "text encoder", "image encoder", "video decoder", "audio codec"
 
 # What a DiT takes for a stage of this size, of so many passes a step.
@@ -61,8 +63,7 @@ def base_stage(request: Request, model: ModelName) -> Stage:
 def super_resolution_stage(request: Request) -> Stage:
     """How super-resolution runs."""
     scale = request.super_resolution_guidance
-    guidance = None if scale is None else SuperResolutionGuidance(scale)
-    return Stage("super-resolution", 5, "unipc", guidance, "v1")
+    return SUPER_RESOLUTION if scale is None else replace(SUPER_RESOLUTION, guidance=SuperResolutionGuidance(scale))
 
 
 def phases_of(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from horsepower.graph.plan import Plan
 from horsepower.quant.quantised import Quantised, Values, check_pair, plain, quantised
-from horsepower.quant.scheme import SCHEMES, Scheme
+from horsepower.quant.scheme import BY_CHANNEL, Scheme
 from horsepower.runtime.checkpoint import INDEX, MANIFEST, SINGLE, Tensors, Weights, read_metadata
 from horsepower.runtime.executor import QUANTISE
 from horsepower.runtime.models.dit import DiT
@@ -72,8 +72,8 @@ class Stored:
             found = cls(**values | {"keep": tuple(map(str, values["keep"]))})
         except (TypeError, KeyError) as error:
             raise ValueError(f"{odd}, allowed: {', '.join(cls.__dataclass_fields__)}") from error
-        if found.scheme not in SCHEMES:
-            raise ValueError(f"checkpoint {file}: got scheme {found.scheme!r}, allowed: {', '.join(SCHEMES)}")
+        if found.scheme not in BY_CHANNEL:
+            raise ValueError(f"checkpoint {file}: got scheme {found.scheme!r}, allowed: {', '.join(BY_CHANNEL)}")
         return found
 
     def metadata(self) -> dict[str, str]:
@@ -91,12 +91,12 @@ class Stored:
     def scheme_for(self, given: Scheme | None) -> Scheme:
         """Its own scheme, or another that reads the same codes. Raises ValueError for one that does not."""
         if given is None:
-            return SCHEMES[self.scheme].keeping(self.keep)
-        if given.name not in SCHEMES or given.keep not in ((), self.keep):
+            return BY_CHANNEL[self.scheme].keeping(self.keep)
+        if given.name not in BY_CHANNEL or given.keep not in ((), self.keep):
             kept = f" keeping {len(given.keep)} patterns" if given.keep else ""
             raise ValueError(
                 f"scheme: got {given.name}{kept} for a checkpoint of {self.scheme} that keeps {len(self.keep)} layers, "
-                f"allowed: {', '.join(SCHEMES)}, with its own keep-list"
+                f"allowed: {', '.join(BY_CHANNEL)}, with its own keep-list"
             )
         return given.keeping(self.keep)
 

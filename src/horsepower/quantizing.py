@@ -18,7 +18,7 @@ from horsepower.graph.passes.lower import lower
 from horsepower.graph.plan import Plan
 from horsepower.kernels.target import target_of
 from horsepower.quant.budget import BUDGET, LATENT_BUDGET, ProductError, fewest
-from horsepower.quant.scheme import SCHEMES, Scheme, scheme_of
+from horsepower.quant.scheme import BY_CHANNEL, Scheme
 from horsepower.runtime import memory
 from horsepower.runtime.calibration import ROWS, Calibration
 from horsepower.runtime.devices import free_bytes
@@ -49,7 +49,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot be."""
-        scheme_of(self.scheme)
+        if self.scheme not in BY_CHANNEL:
+            raise ValueError(f"scheme: got {self.scheme!r}, allowed: {', '.join(BY_CHANNEL)}")
         for name in ("budget", "latent_budget"):
             if not (math.isfinite(value := getattr(self, name)) and value > 0):
                 raise ValueError(f"{name}: got {value}, allowed: a number above 0")
@@ -118,7 +119,7 @@ class _Measurement:
         self, source: Source, where: str, name: ModelName, options: Options, device: torch.device, say: Say
     ):  # fmt: skip
         self._source, self._where, self._name, self._device, self._say = source, where, name, device, say
-        self._options, self._scheme = options, SCHEMES[options.scheme]
+        self._options, self._scheme = options, BY_CHANNEL[options.scheme]
         self._model = DiT(source.config(name), torch.bfloat16, "meta").eval()
         self._clips = Clips(source, name, device, *(SMALL if where == "foal" else REAL), options.prompts)
         self._tried: dict[int, tuple[float, float]] = {}
@@ -157,7 +158,7 @@ class _Measurement:
             self._clips.begin(first, eager_dit(self._source, first, self._device, torch.bfloat16))
         self._say(f"{self._name}: each layer, in {self._clips.stage.steps} steps of {len(self._clips.prompts)} clips")
         model = eager_dit(self._source, self._name, self._device, torch.bfloat16)
-        calibration = Calibration(model, self._scheme.activations)
+        calibration = Calibration(model, self._scheme.inputs is not None)
         with calibration.watching():
             plain = self._clips.run(model)
         return plain, {
@@ -218,7 +219,7 @@ def read_prompts(path: str) -> tuple[str, ...]:
 def _report(
     where: str, measured: Sequence[Measured], options: Options, device: torch.device, full: bool = False
 ) -> Report:  # fmt: skip
-    scheme, count = SCHEMES[options.scheme], len(options.prompts)
+    scheme, count = BY_CHANNEL[options.scheme], len(options.prompts)
     parts: list[Part] = []
     for each in measured:
         parts += _parts(each, options, full)

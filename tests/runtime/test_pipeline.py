@@ -1,10 +1,15 @@
 """The latent pipeline, end to end, against recordings; then its parts."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
 
+from horsepower.quant.budget import LATENT_BUDGET
+from horsepower.quant.scheme import SCHEMES
+from horsepower.quantizing import plan_under
+from horsepower.runtime.executor import weights_of
 from horsepower.runtime.foal import generate
 from horsepower.runtime.fused import FusedDiT
 from horsepower.runtime.models import attention, dit
@@ -92,6 +97,21 @@ def test_end_to_end_with_the_models_own_attention(case, mode):
     results = end_to_end(case, FusedDiT if mode == "fused" else lambda model: model)
     for name in ("final.video", "final.audio"):
         assert relative_error(*results[name]) < max(0.08, 3 * floor), name
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("case", "scheme"), zip(CASES, cycle(("fp8-weights", "fp8"))), ids=str)
+def test_end_to_end_in_eight_bits(case, scheme):
+    """Final latents within the default budget of those in 16 bits, and of the recording but for what 16 bits lose."""
+
+    def under(model: DiT) -> FusedDiT:
+        return FusedDiT(model, plan=plan_under(model, SCHEMES[scheme], CPU), weights=weights_of(model))
+
+    eight, plain = end_to_end(case, under), end_to_end(case)
+    for name in ("final.video", "final.audio"):
+        error, off = relative_error(eight[name][0], plain[name][0]), relative_error(*eight[name])
+        assert error < LATENT_BUDGET, f"{name}: {scheme} is off by {error:.4f} from bf16"
+        assert off < LATENT_BUDGET + 0.02, f"{name}: {scheme} is off by {off:.4f} from the recording"
 
 
 def end_to_end(case: Recording, prepared=lambda model: model) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
