@@ -72,10 +72,11 @@ def decoded(words, x, ROWS: tl.constexpr, DEPTH: tl.constexpr):
     ONE: tl.constexpr = 0x00010001 << LEFT
     CARRY: tl.constexpr = 0x00800080 << LEFT
     FILL: tl.constexpr = 15 if BF16 else 1
-    even = ((words << LEFT) & BITS) | ((words << 8) & -0x7FFF8000)
-    odd = ((words >> (8 - LEFT)) & BITS) | (words & -0x7FFF8000)
-    even |= (((even & BITS) + ONE) & CARRY) * FILL
-    odd |= (((odd & BITS) + ONE) & CARRY) * FILL
+    SIGNS: tl.constexpr = -0x7FFF8000  # 0x80008000
+    even = (words << LEFT) & BITS
+    odd = (words >> (8 - LEFT)) & BITS
+    even = (even | ((words << 8) & SIGNS)) + ((even + ONE) & CARRY) * FILL
+    odd = (odd | (words & SIGNS)) + ((odd + ONE) & CARRY) * FILL
     first = tl.join(value(even, x.dtype), value(even >> 16, x.dtype))
     second = tl.join(value(odd, x.dtype), value(odd >> 16, x.dtype))
     return tl.reshape(tl.join(first, second), (ROWS, DEPTH))
