@@ -127,7 +127,8 @@ def fused(
         given, made = [x for x in inputs if isinstance(x, Tensor)], outputs(*inputs)
         moved = sum(x.numel() * x.itemsize for x in (*given, *made))
         second = max((kernel.rereads(*inputs) for kernel in kernels if kernel.rereads), default=0)
-        return Cost(flops, moved + max(0, second - made[-1].numel() * made[-1].itemsize))  # which is counted already
+        counted = sum(x.numel() * x.itemsize for x in made[1:])  # what the second launch writes
+        return Cost(flops, moved + max(0, second - counted))
 
     return Op(name, schema, outputs, reference, cost, kernels, expand)
 

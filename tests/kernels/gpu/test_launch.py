@@ -61,7 +61,7 @@ for name in twins():
         for tokens in (2, 16, 18, 48, 4300, 65536) if pieces else (1, 2, 16, 17, 48, 4300, 65536):
             given = at(inputs, tokens)
             if name == "attention":  # frames and tokens of each
-                given[6:9] = (tokens // 2 or 1, tokens // 2 * 2 or 1, *inputs[8:])
+                given[6:8] = tokens // 2 or 1, tokens // 2 * 2 or 1
             workspace = torch.empty(op.workspace(["cuda"], *given), dtype=torch.uint8, device="meta")
             compiled("sm_90", lambda: twin.run(op.outputs(*given), workspace, *given))
         assert found
