@@ -19,16 +19,18 @@ MARGIN = 1 + 2.0**-4  # normed rows may be quantised, which lengthens them by ha
 def outputs(
     weight: Tensor, weight_scale: Tensor | None, gain: Tensor | None, experts: int, first: int, rows: int
 ) -> tuple[Tensor, ...]:
-    """weight [experts * O, C], perhaps codes with weight_scale [experts * O, 1]; gain [C], [experts * C] or none.
+    """weight [experts * O, C], perhaps codes with weight_scale [experts * O, 1] or [experts, 1].
 
+    gain [C], [experts * C] or none.
     -> [1], float32: the power of two that, as a scale, brings outputs `first` to `first + rows` of each expert into
     eight bits. Raises ValueError for inputs that do not belong together.
     """
     own = weight.shape[0] // experts
     if weight.ndim != 2 or weight.shape[0] % experts or not 0 <= first < first + rows <= own:
         raise ValueError(f"weight: got {list(weight.shape)}, allowed: [{experts} * at least {first + rows}, C]")
-    if weight_scale is not None and weight_scale.shape != (weight.shape[0], 1):
-        raise ValueError(f"weight_scale: got {list(weight_scale.shape)}, allowed: [{weight.shape[0]}, 1]")
+    if weight_scale is not None and weight_scale.shape not in ((weight.shape[0], 1), (experts, 1)):
+        allowed = f"[{weight.shape[0]}, 1] or [{experts}, 1]"
+        raise ValueError(f"weight_scale: got {list(weight_scale.shape)}, allowed: {allowed}")
     if gain is not None and gain.shape not in ((weight.shape[1],), (experts * weight.shape[1],)):
         raise ValueError(f"gain: got {list(gain.shape)}, allowed: [C] or [{experts} C] with C = {weight.shape[1]}")
     return (weight.new_empty(1, dtype=torch.float32),)
@@ -40,11 +42,12 @@ def reference(
     """Plain PyTorch; to a power of two, so that the order of sums does not show, and scales stay exact."""
     own = weight.unflatten(0, (experts, -1))[:, first : first + rows].float()
     if weight_scale is not None:
-        own = own * weight_scale.unflatten(0, (experts, -1))[:, first : first + rows]
+        scales = weight_scale.unflatten(0, (experts, -1)).expand(-1, weight.shape[0] // experts, -1)
+        own = own * scales[:, first : first + rows]
     if gain is not None:
         own = own * widen(gain).view(-1, 1, weight.shape[1])
     bound = own.norm(dim=-1).amax() * (math.sqrt(weight.shape[1]) * MARGIN / LARGEST)
-    return (bound.clamp(min=2.0**-100).log2().ceil().exp2()[None],)
+    return (bound.clamp(min=2.0**-100).log2().ceil().exp2().float()[None],)
 
 
 def cost(weight: Tensor, weight_scale: Tensor | None, gain: Tensor | None, experts: int, first: int, rows: int) -> Cost:

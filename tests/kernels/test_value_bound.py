@@ -12,7 +12,7 @@ def normal(*shape):
 
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("gains", [0, 1, 3])
-@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("codes", [None, "by channel", "by expert"])
 def test_no_normed_row_exceeds_it(experts, gains, codes):
     """Not the worst there is: the row that lies along the longest product of weight and gain."""
     if gains > experts:
@@ -21,8 +21,8 @@ def test_no_normed_row_exceeds_it(experts, gains, codes):
     gain = normal(gains * 48) if gains else None
     exact = weight
     if codes:
-        weight, scale = ops.quantise(weight)
-        exact = weight.float() * scale
+        weight, scale = ops.quantise(weight) if codes == "by channel" else ops.quantise_tensor(weight, experts)
+        exact = weight.float() * scale.repeat_interleave(weight.shape[0] // scale.shape[0], 0)
     (bound,) = ops.value_bound(weight, scale, gain, experts, 8, 10).tolist()
     own = exact.unflatten(0, (experts, 24))[:, 8:18] * (1 if gain is None else gain.view(-1, 1, 48))
     worst = own * (48**0.5 / own.norm(dim=-1, keepdim=True))  # a normed row for each output
@@ -31,10 +31,17 @@ def test_no_normed_row_exceeds_it(experts, gains, codes):
     assert bound == 2.0 ** round(torch.tensor(bound).log2().item())
 
 
+def test_gains_of_float64_give_a_bound_in_float32():
+    gain = normal(48).double()
+    assert torch.equal(*(ops.value_bound(normal(24, 48), None, each, 1, 0, 24) for each in (gain, gain.float())))
+
+
 def test_what_does_not_belong_together():
     weight = normal(24, 48)
     for experts, first, rows in ((1, 20, 5), (1, -1, 3), (1, 3, 0), (5, 0, 1)):
         with pytest.raises(ValueError, match=r"weight: got \[24, 48\]"):
             ops.value_bound(weight, None, None, experts, first, rows)
+    with pytest.raises(ValueError, match=r"weight_scale: got \[2, 1\], allowed: \[24, 1\] or \[3, 1\]"):
+        ops.value_bound(weight, normal(2, 1), None, 3, 0, 1)
     with pytest.raises(ValueError, match=r"gain: got \[47\], allowed: \[C\] or \[1 C\] with C = 48"):
         ops.value_bound(weight, None, normal(47), 1, 0, 1)
