@@ -3,7 +3,6 @@
 A scheme is said once, to `Engine` or `compile`, and applied by the compiler; `explain` shows what became of it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -11,10 +10,17 @@ from typing import Literal
 
 from horsepower.kernels.target import TARGETS
 
+FIELDS = {  # that take one of some values
+    "weights": ("channel", "tensor"),
+    "inputs": ("token", "tensor", None),
+    "recipe": ("current", "block", "delayed", None),
+}
+HUGE = 2.0**100
+
 
 @dataclass(frozen=True)
 class Scheme:
-    """How linear layers are computed."""
+    """How linear layers are computed. Raises ValueError for a field that says nothing."""
 
     name: str
     says: str  # in one line
@@ -26,22 +32,34 @@ class Scheme:
     largest: tuple[tuple[str, float], ...] = ()  # layer, largest input when it was calibrated, for scales of all tokens
     recipe: Literal["current", "block", "delayed"] | None = None  # Transformer Engine's, in the place of a plan
 
+    def __post_init__(self) -> None:
+        for name, allowed in FIELDS.items():
+            if (given := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}: got {given!r}, allowed: {', '.join(map(str, allowed))}")
+        for name, values in (("targets", self.targets), ("keep", self.keep), ("largest", self.largest)):
+            if not isinstance(values, tuple):
+                raise ValueError(f"{name}: got {values!r}, allowed: a tuple")
+        if unknown := set(self.targets).difference(TARGETS):
+            raise ValueError(f"targets: got {unknown.pop()!r}, allowed: {', '.join(TARGETS)}")
+        for layer, value in self.largest:
+            if not isinstance(value, int | float) or not 1 / HUGE <= value <= HUGE:  # its inverse is a float32 too
+                raise ValueError(f"largest: got {value!r} for {layer}, allowed: a number from 2^-100 to 2^100")
+
     def keeps(self, layer: str) -> str | None:
         """The pattern under which a layer stays as it is; None if it is quantised. layer: its path in the model."""
         return next((pattern for pattern in self.keep if fnmatchcase(layer, pattern)), None)
 
     def keeping(self, keep: Sequence[str]) -> "Scheme":
-        """The same scheme with another keep-list."""
+        """The same scheme with another keep-list. Raises ValueError for one pattern in the place of a list."""
+        if isinstance(keep, str):
+            raise ValueError(f"keep: got {keep!r}, allowed: a list of patterns")
         return replace(self, keep=tuple(keep))
 
     def calibrated(self, largest: Mapping[str, float]) -> "Scheme":
         """The same scheme with what its layers' inputs were at the most: from now on they saturate there.
 
-        Raises ValueError for a number that is not above zero.
+        Raises ValueError for what is no number above zero.
         """
-        for layer, value in largest.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"largest: got {value} for {layer}, allowed: a number above 0")
         return replace(self, largest=tuple(sorted(largest.items())))
 
     def check(self, target: str) -> "Scheme":
@@ -83,6 +101,6 @@ def scheme_of(given: "str | Scheme | None") -> Scheme | None:
     """A scheme by its name. Raises ValueError for one that there is not."""
     if given is None or isinstance(given, Scheme):
         return given
-    if given not in SCHEMES:
+    if not isinstance(given, str) or given not in SCHEMES:
         raise ValueError(f"scheme: got {given!r}, allowed: {', '.join(SCHEMES)}")
     return SCHEMES[given]

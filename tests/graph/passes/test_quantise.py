@@ -154,8 +154,19 @@ def test_scales_of_whole_tensors_are_calibrated_and_frozen():
     del largest["block.layers.1.mlp.down_proj"]
     plan = run(model, FP8_TENSOR.calibrated(largest)).plan
     assert [site.refused for site in plan.sites].count("its input was not calibrated") == 1
-    with pytest.raises(ValueError, match="largest: got nan for a, allowed: a number above 0"):
+    with pytest.raises(ValueError, match=r"largest: got nan for a, allowed: a number from 2\^-100 to 2\^100"):
         FP8_TENSOR.calibrated({"a": float("nan")})
+
+
+@pytest.mark.parametrize("inputs", [None, "token", "tensor"])
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
+def test_what_shares_a_scale_is_free_to_choose(weights, inputs):
+    model, given = random_model(CONFIG), random_inputs(CONFIG, 3, 7, 5, 9)
+    scheme = Scheme("own", "one's own", ("sm_90",), weights=weights, inputs=inputs)
+    got = run(model, scheme.calibrated(largest_inputs(model, given)), expect={"quantise": 12})(*given, 3)
+    with torch.no_grad():
+        for one, want in zip(got, model(*given, 3), strict=True):
+            assert 0.01 < relative_error(one, want) < 0.2
 
 
 class Tail(nn.Module):
