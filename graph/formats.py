@@ -8,6 +8,7 @@ from torch import fx
 
 from horsepower.graph.explain import block_of
 from horsepower.graph.graph import Graph, args_of, dtype_of, is_view
+from horsepower.graph.passes.quantise import refusal
 from horsepower.graph.provenance import title
 from horsepower.kernels.float8 import E4M3
 
@@ -40,7 +41,7 @@ def _formats(graph: Graph) -> Iterator[Format]:
         block = block_of(layer)
         scales = quantiser = kept = ""
         if dtype_of(weight) != E4M3:
-            kept = _kept(graph, layer, dtype_of(weight))
+            kept = "" if graph.scheme is None else refusal(graph, graph.scheme, node) or ""
         elif dtype_of(x) == E4M3:
             scales, quantiser = _input(node, x)
         names = (_name(dtype_of(weight)), _name(dtype_of(x)))
@@ -51,13 +52,6 @@ def _parameter(weight: fx.Node) -> str:
     while weight.op == "call_function" and weight.all_input_nodes:
         weight = weight.all_input_nodes[0]
     return str(weight.target)
-
-
-def _kept(graph: Graph, layer: str, dtype: torch.dtype) -> str:
-    if graph.scheme is None:
-        return ""
-    pattern = graph.scheme.keeps(layer)
-    return f"kept: {pattern}" if pattern else f"its weight is {_name(dtype)}"
 
 
 def _input(node: fx.Node, x: fx.Node) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from horsepower.kernels.registry import op_of
 from horsepower.kernels.tables import arguments
 from horsepower.quant.scheme import Scheme
 
+aten = torch.ops.aten
 # Operators that begin with a product; their last two operands, the scales, are not there before this pass.
 LINEARS = (
     ops.linear.default,
@@ -48,14 +49,14 @@ def quantise(graph: Graph) -> None:
         return known[x]
 
     for node in list(graph.nodes.nodes):
-        if node.target not in LINEARS:
+        if node.target not in (*LINEARS, aten.linear.default):
+            continue
+        if reason := refusal(graph, scheme, node):
+            graph.refuse("quantise", node, reason)
             continue
         x, weight, *rest = args_of(node)
         recipes = _recipes(weight)
-        parameter = args_of(recipes[-1])[0] if recipes else weight
-        if reason := _refusal(graph, scheme, x, weight, parameter):
-            graph.refuse("quantise", node, reason)
-            continue
+        parameter = _parameter(weight)
         codes, scales = pair(parameter, *([operand(node, "experts")] if scheme.weights == "tensor" else []))
         for recipe in reversed(recipes):
             codes, scales = _moved(graph, recipe, codes, scales, node)
@@ -68,8 +69,12 @@ def quantise(graph: Graph) -> None:
         graph.take("quantise", node)
 
 
-def _refusal(graph: Graph, scheme: Scheme, x: fx.Node, weight: fx.Node, parameter: fx.Node) -> str | None:
-    dtype, columns = dtype_of(weight), weight.meta["val"].shape[1]
+def refusal(graph: Graph, scheme: Scheme, node: fx.Node) -> str | None:
+    """Why a product stays as it is, or None."""
+    x, weight, *rest = args_of(node)
+    if node.target is aten.linear.default and rest not in ([], [None]):
+        return "it has a bias"
+    parameter, dtype, columns = _parameter(weight), dtype_of(weight), weight.meta["val"].shape[-1]
     if parameter.op != "get_attr":
         return "its weight is computed from others"
     if dtype.itemsize != 2 or (scheme.inputs and dtype != torch.bfloat16):
@@ -82,7 +87,7 @@ def _refusal(graph: Graph, scheme: Scheme, x: fx.Node, weight: fx.Node, paramete
         return f"its input has {x.meta['val'].ndim} dimensions"
     if graph.target != "cpu" and columns % COLUMNS:
         return f"its {columns} columns are no multiple of {COLUMNS}"
-    return None
+    return "it was not raised" if node.target is aten.linear.default else None
 
 
 def operand(node: fx.Node, name: str) -> Any:
@@ -105,7 +110,13 @@ def _calibrated(
     inverse = LARGEST / dict(scheme.largest)[layer]
     with graph.nodes.inserting_before(place):
         codes = graph.call(ops.to_codes.default, x, inverse, like=x)
-        return codes, graph.call(torch.ops.aten.mul.Tensor, scales, 1 / inverse, like=place)
+        return codes, graph.call(aten.mul.Tensor, scales, 1 / inverse, like=place)
+
+
+def _parameter(weight: fx.Node) -> fx.Node:
+    """What a weight is before its recipes."""
+    recipes = _recipes(weight)
+    return args_of(recipes[-1])[0] if recipes else weight
 
 
 def _recipes(weight: fx.Node) -> list[fx.Node]:

@@ -45,6 +45,17 @@ def test_what_the_cpu_computes_is_read_off_the_lowered_graph():
     assert all(one.weight == "float32" and one.kept for one in each if not one.block)
 
 
+def test_what_is_said_to_be_kept_is_why():
+    """And not only that the weight is what it was; on the lowered graph too."""
+    names = [f"block.layers.{i}.{layer}" for i in range(3) for layer in LAYERS]
+    calibrated = FP8_TENSOR.calibrated(dict.fromkeys(names[1:], 1.0))
+    for scheme, target, only in ((FP8_WEIGHTS, "cpu", PASSES), (calibrated, "sm_90", WHOLE)):
+        each = {f"{one.block}.{one.layer}".lstrip("."): one.kept for one in found(scheme, target, only)}
+        assert each["adapter.video_embedder"] == "it has a bias"
+        assert each["final_linear_video"] == "its weight is torch.float32"
+    assert each[names[0]] == "its input was not calibrated"
+
+
 def test_calibrated_scales_and_no_scheme():
     names = [f"block.layers.{i}.{layer}" for i in range(3) for layer in LAYERS]
     each = of_block(found(FP8_TENSOR.calibrated(dict.fromkeys(names, 1.0))))

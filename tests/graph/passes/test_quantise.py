@@ -39,7 +39,7 @@ def test_every_layer_is_quantised_and_every_input_where_it_is_made(name):
     assert not calls(plan, "quantise")
     assert [call.target for call in plan.loads].count("horsepower.quantise.default") == 12
     kept = {site.refused for site in plan.sites if site.rewrite == "quantise" and site.refused}
-    assert kept == {"its weight is torch.float32"}  # the heads
+    assert kept == {"its weight is torch.float32", "it has a bias"}  # the heads, the embedders
 
 
 def test_weights_alone():
@@ -217,6 +217,7 @@ def test_an_input_that_others_read_is_quantised_apart():
         (Tail(lambda self, x: x), torch.randn(2, 6, 32), "its input has 3 dimensions"),
         (Tail(lambda self, x: x, dtype=torch.float16), torch.randn(6, 32), "its weight is torch.float16"),
         (Tail(lambda self, x: x, dtype=torch.float32), torch.randn(6, 32), "its weight is torch.float32"),
+        (nn.Linear(32, 32, dtype=torch.bfloat16), torch.randn(6, 32), "it has a bias"),
     ],
 )
 def test_what_is_not_quantised(module, x, reason):
