@@ -83,7 +83,7 @@ def refusal(graph: Graph, scheme: Scheme, node: fx.Node) -> str | None:
         return f"kept: {pattern}"
     if scheme.inputs == "tensor" and layer_of(parameter) not in dict(scheme.largest):
         return "its input was not calibrated"
-    if x.meta["val"].ndim != 2:
+    if x.meta["val"].ndim != 2 and (scheme.inputs or graph.target != "cpu"):
         return f"its input has {x.meta['val'].ndim} dimensions"
     if graph.target != "cpu" and columns % COLUMNS:
         return f"its {columns} columns are no multiple of {COLUMNS}"

@@ -229,6 +229,16 @@ def test_what_is_not_quantised(module, x, reason):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_alone_are_quantised_for_a_batch_on_the_cpu(dtype):
+    module, x = Tail(lambda self, x: x.relu(), dtype=dtype), torch.randn(3, 6, 32).to(dtype)
+    run = compile(module, (x,), scheme="fp8-weights", cache=False, expect={"quantise": 1})
+    rounded = {"weight": back(*ops.quantise(module.weight.detach())).to(dtype)}
+    with torch.no_grad():
+        assert relative_error(run(x), torch.func.functional_call(module, rounded, (x,))) < 0.01
+        assert relative_error(run(x), module(x)) > 0.01
+
+
 @pytest.mark.parametrize("target", ["cpu", "sm_80"])
 def test_a_scheme_that_the_target_cannot_compute(target):
     with pytest.raises(
