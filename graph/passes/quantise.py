@@ -36,17 +36,17 @@ def quantise(graph: Graph) -> None:
     scheme = graph.scheme
     if scheme is None:
         return
-    known: dict[fx.Node, Pair] = {}
+    known: dict[tuple[fx.Node, *tuple[Any, ...]], Pair] = {}
 
     def pair(x: fx.Node, *how: Any) -> Pair:
         """Codes and scales of a value, quantised once for all that read it; how: a weight's experts, for one scale."""
-        if x not in known:
+        if (x, *how) not in known:
             with graph.nodes.inserting_after(x):
                 made = graph.call(ops.quantise_tensor.default if how else QUANTISE, x, *how, like=x)
             with graph.nodes.inserting_after(made):
                 scales = graph.call(operator.getitem, made, 1, like=x)
-                known[x] = graph.call(operator.getitem, made, 0, like=x), scales
-        return known[x]
+                known[x, *how] = graph.call(operator.getitem, made, 0, like=x), scales
+        return known[x, *how]
 
     for node in list(graph.nodes.nodes):
         if node.target not in (*LINEARS, aten.linear.default):

@@ -169,6 +169,24 @@ def test_what_shares_a_scale_is_free_to_choose(weights, inputs):
             assert 0.01 < relative_error(one, want) < 0.2
 
 
+def test_a_weight_that_is_shared_by_one_expert_and_by_three_has_scales_for_each():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(96, 32, generator=torch.Generator().manual_seed(0)).bfloat16())
+
+        def forward(self, x):
+            parts = zip(x.split((1, 2, 3)), self.weight.chunk(3), strict=True)
+            return torch.cat([nn.functional.linear(*part) for part in parts]), nn.functional.linear(x, self.weight)
+
+    module, x = Shared(), torch.randn(6, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    scheme = FP8_TENSOR.calibrated({"weight": float(x.abs().max())})
+    run = compile(module, (x,), target="sm_90", scheme=scheme, only=WHOLE, cache=False, expect={"quantise": 2})
+    with torch.no_grad():
+        for one, want in zip(run(x), module(x), strict=True):
+            assert 0.01 < relative_error(one, want) < 0.1
+
+
 class Tail(nn.Module):
     """A projection of what `body` makes of x."""
 
