@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, is_view
-from horsepower.graph.passes.quantise import QUANTISE, operand
+from horsepower.graph.passes.quantise import LINEARS, QUANTISE, operand
 from horsepower.kernels.activation import FP8_GAINS
 from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.ops import ops
@@ -38,7 +38,11 @@ def quantise_in_producer(graph: Graph) -> None:
             continue
         root, views = _source(args_of(node)[0])
         others = [user for value in (root, *views) for user in value.users if user is not node and user not in views]
-        reason = f"{others[0].target} reads its input too" if others else _fuse(graph, node, root, views)
+        readers = [user for item in node.users for user in item.users]
+        if any(user.target not in LINEARS or user.kwargs for user in readers):  # a model that quantises by itself
+            reason: str | None = "something else than a product reads the codes or their scales"
+        else:
+            reason = f"{others[0].target} reads its input too" if others else _fuse(graph, node, root, views)
         if reason:
             graph.refuse("quantise_in_producer", node, reason)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from horsepower.graph.passes import PASSES
+from horsepower.kernels.ops import ops
 from horsepower.runtime.compiled import compile
 from horsepower.runtime.models.dit import rotate
 from recordings import relative_error
@@ -97,3 +98,17 @@ def test_values_of_rows_that_are_normed_by_the_head_are_not_known_to_be_bounded(
 def test_attention_over_a_batch_is_quantised_apart(join, part):
     found = refusals(Block(normed, join, part))
     assert found == {None: 1, "attention over a batch has no kernel that quantises": 1}
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8"])
+def test_codes_that_a_model_makes_itself_stay_as_they_are(scheme):
+    class Own(nn.Module):
+        def forward(self, x):
+            z = x.clamp(max=7)
+            codes, scales = ops.quantise((z * torch.sigmoid(1.702 * z)).to(BF16))
+            return codes.float() * scales, *ops.quantise(F.rms_norm(x, (C,), None, 1e-6).to(BF16))
+
+    x = torch.randn(L, C, generator=torch.Generator().manual_seed(0))
+    got = compile(Own(), (x,), target="sm_90", scheme=scheme, only=WHOLE, cache=False)(x)
+    for one, want in zip(got, Own()(x), strict=True):
+        torch.testing.assert_close(one.float(), want.float())
