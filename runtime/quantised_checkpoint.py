@@ -142,15 +142,16 @@ class StoredTensors(Mapping[str, Tensor | Quantised]):
         """Raises ValueError for values that are not finite, and for codes that are of another format."""
         if name not in self._names:
             return self._tensors[name]
-        pair = Quantised(*(self._tensors.read(key) for key in (name, name + SCALE)))
+        read = Quantised(*(self._tensors.read(key) for key in (name, name + SCALE)))
         what = f"checkpoint {self._files[name]}: {name}"
-        check_pair(what, pair, self._shapes[name])
+        check_pair(what, read, self._shapes[name])
+        # copies: what is read lies in the mapped file
+        pair = Quantised(*(torch.empty_like(x, device=self._device).copy_(x) for x in read))
         if not bool((pair.scales > 0).logical_and(pair.scales.isfinite()).all()):
             raise ValueError(f"{what}: got scales that are not finite or not above 0, allowed: others")
         if bool((pair.codes.view(torch.uint8) & 0x7F == 0x7F).any()):
             raise ValueError(f"{what}: got codes that are not numbers, allowed: finite ones")
-        # copies: what is read lies in the mapped file
-        return Quantised(*(torch.empty_like(x, device=self._device).copy_(x) for x in pair))
+        return pair
 
 
 @contextmanager

@@ -74,16 +74,25 @@ def test_an_outlier_stays_and_the_checkpoint_runs(tmp_path):
     assert engine.scheme.keep == (UP,)
 
 
-def test_the_latent_budget_keeps_as_few_as_it_needs():
-    budget = 0.005
-    holds, brief, _ = run(scheme="fp8-weights", latent_budget=budget)
-    rows = {row[""]: row for row in table(brief, "distill: final latents")}
+def test_the_latent_budget_keeps_the_worst_and_as_few_as_it_needs(monkeypatch):
+    asked = []
+
+    def end_to_end(self, keep, plain):
+        asked.append(len(keep))
+        return 0.1 / (1 + len(keep)), 0.01
+
+    monkeypatch.setattr(quantizing._Measurement, "_end_to_end", end_to_end)
+    holds, brief, full = run(scheme="fp8-weights", latent_budget=0.03)
     assert holds
-    before, after = (rows[f"fp8-weights {when}"] for when in ("before more were kept", "against bf16"))
-    assert max(after["video"], after["audio"]) <= budget < max(before["video"], before["audio"])
+    assert sorted(asked) == [0, 2, 3, 4, 8]
     kept = table(brief, "distill: layers that stay in bf16")
-    assert 1 <= len(kept) < 8
-    assert {row["why"] for row in kept} == {f"latents over {budget:g}"}
+    every = table(full, "distill: every layer")
+    worst = sorted(every, key=lambda row: -row["fp8-weights"])[:3]
+    assert [row["layer"] for row in kept] == [row["layer"] for row in worst]
+    assert {row["why"] for row in kept} == {"latents over 0.03"}
+    rows = {row[""]: row["video"] for row in table(brief, "distill: final latents")}
+    assert (rows["fp8-weights against bf16"], rows["fp8-weights before more were kept"]) == (0.025, 0.1)
+    assert "5 of 8 linear layers in eight bits" in brief.text()
 
 
 def test_a_latent_budget_that_cannot_be_held(tmp_path, capsys):

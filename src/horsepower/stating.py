@@ -15,6 +15,7 @@ from horsepower.runtime.memory import DiTBytes, planned_bytes
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.phases import PartSizes, phases_of
 from horsepower.runtime.presets import MODELS, ModelName, sizes
+from horsepower.runtime.quantised_checkpoint import Stored
 from horsepower.runtime.released import ReleasedFolder, ReleasedSizes
 from horsepower.runtime.request import Request
 from horsepower.runtime.tokens import Grid
@@ -61,7 +62,9 @@ def parts_of(options: Options) -> tuple[dict[str, Part], tuple[Phase, ...]]:
 
     def dit(name: ModelName, grid: Grid, passes: int) -> DiTBytes:
         model = DiT(source.config(name), DTYPE, "meta").eval()
-        plan = plan_velocity(model, torch.device("meta"), scheme=options.scheme, target=options.target)
+        stored = Stored.of(Path(options.folder) / name) if options.folder else None
+        scheme = stored.scheme_for(options.scheme) if stored else options.scheme
+        plan = plan_velocity(model, torch.device("meta"), scheme=scheme, target=options.target)
         return planned_bytes(model, plan, grid, passes)
 
     return phases_of(options.request, options.model, picture, source, dit)

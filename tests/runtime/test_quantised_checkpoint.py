@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from horsepower import Engine, Request
-from horsepower.graph.passes import PASSES, lower
+from horsepower.bench.live import live_peak
+from horsepower.graph.passes import PASSES
+from horsepower.graph.passes.lower import lower
 from horsepower.quant.quantised import Quantised, quantised
 from horsepower.quant.scheme import SCHEMES, Scheme
 from horsepower.runtime import quantised_checkpoint
@@ -89,6 +91,16 @@ def test_both_ways_give_the_same_bits(tmp_path, scheme, keep):
         plain = model.velocity(*parts[:2], condition, 3)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+
+
+def test_a_load_holds_half_the_bytes(tmp_path):
+    plan, weights = plan_of("fp8-weights"), weights_of(random_model(CONFIG))
+    read, kept = values(written(tmp_path / "quantised", weights)), []
+    held = live_peak(lambda: kept.append(Executor(plan, read)))
+    eight = quantised_names(plan)
+    others = sum(x.nbytes for name, x in weights.items() if name not in eight)
+    assert held - others < 0.65 * sum(weights[name].nbytes for name in eight)
+    assert held >= plan.weight_bytes
 
 
 def test_what_the_files_hold(tmp_path):

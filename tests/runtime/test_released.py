@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from horsepower import Engine, Request
+from horsepower import Engine, Request, quantizing
+from horsepower.bench import clips
+from horsepower.quant.scheme import SCHEMES
 from horsepower.runtime import memory
 from horsepower.runtime.convert import convert
 from horsepower.runtime.models import audio_vae, wan_vae
@@ -62,6 +65,25 @@ def test_all_parts_in_one_clip(converted, tmp_path):
         result = engine.run(Request(resolution=resolution, image=tmp_path / "red.png", **REQUEST))
         assert result.size == resolution
         assert stage in result.timings.stages
+
+
+def test_a_quantised_model_beside_the_other_parts(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizing, "REAL", ((128, 64), 1))
+    monkeypatch.setattr(clips, "STAGES", {name: replace(stage, steps=1) for name, stage in clips.STAGES.items()})
+    where = tmp_path / "quantised"
+    options = quantizing.Options("fp8-weights", ("distill",), ("the cat sings",), output=where)
+    holds, report, _ = quantizing.quantise(None, str(converted), options, "cpu", lambda line: None)
+    assert holds
+    assert "20 of 20 linear layers" in report.text()
+    assert {path.name: path.is_symlink() for path in where.iterdir()} == {
+        path.name: path.name != "distill" for path in converted.iterdir()
+    }
+    engine = Engine.from_pretrained(where)
+    assert engine.scheme == SCHEMES["fp8-weights"]
+    result = engine.run(Request(resolution=(480, 512), **REQUEST))  # with a model of 16 bits behind it
+    assert result.timings.stages["super-resolution"] > 0
+    with pytest.raises(ValueError, match="variant: got distill, which is quantised already"):
+        quantizing.quantise(None, str(where), quantizing.Options("fp8-weights"), "cpu", lambda line: None)
 
 
 def test_the_parts_hold_the_files_values(converted):
