@@ -36,6 +36,7 @@ def outputs(
     with x_scale [L, 1]; scales are float32. Of codes the result is bfloat16, else of x's dtype.
     Raises ValueError for inputs that do not belong together.
     """
+    check_experts(experts, counts, x.shape[0])
     allowed = x.dtype if weight_scale is None else E4M3
     if weight.ndim != 2 or weight.dtype != allowed or weight.shape[1] != x.shape[-1] or weight.shape[0] % experts:
         raise ValueError(
@@ -43,14 +44,15 @@ def outputs(
         )
     if x.dtype == E4M3 and (weight_scale is None or x.ndim != 2):
         raise ValueError(f"x: got {list(x.shape)} {x.dtype}, allowed: [L, I], with a weight_scale")
-    shared = weight_scale is not None and weight_scale.shape[0] == experts
+    if experts != 1 and x.ndim != 2:
+        raise ValueError(f"x: got {list(x.shape)}, allowed: [L, I], for {experts} experts")
+    shared = weight_scale is not None and tuple(weight_scale.shape) == (experts, 1)
     rows = experts if shared else weight.shape[0]
     for name, scale, count in (("x_scale", x_scale, x.shape[0]), ("weight_scale", weight_scale, rows)):
         if scale is not None and (differ(scale.shape, (count, 1)) or scale.dtype != torch.float32):
             raise ValueError(f"{name}: got {list(scale.shape)} {scale.dtype}, allowed: [{count}, 1] torch.float32")
     if x_scale is not None and x.dtype != E4M3:
         raise ValueError(f"x_scale: got one for {x.dtype}, allowed: for {E4M3}")
-    check_experts(experts, counts, x.shape[0])
     return (x.new_empty((*x.shape[:-1], weight.shape[0] // experts), dtype=arithmetic(x.dtype)),)
 
 

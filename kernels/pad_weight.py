@@ -11,7 +11,7 @@ SCHEMA = "(Tensor weight, int experts, int rows, int columns) -> Tensor"
 
 def outputs(weight: Tensor, experts: int, rows: int, columns: int) -> tuple[Tensor, ...]:
     """weight [experts * O, I] -> [experts * (O + rows), I + columns]. Raises ValueError for another shape."""
-    if weight.ndim != 2 or weight.shape[0] % experts:
+    if weight.ndim != 2 or experts < 1 or weight.shape[0] % experts:
         raise ValueError(f"weight: got {list(weight.shape)}, allowed: [{experts} O, I]")
     return (weight.new_empty((weight.shape[0] + experts * rows, weight.shape[1] + columns)),)
 

@@ -18,7 +18,7 @@ def outputs(x: Tensor, experts: int, heads: int, head_dim: int, turned: int) -> 
 
     Raises ValueError for another shape.
     """
-    if x.shape[0] % experts or x.shape[0] // experts < heads * head_dim:
+    if experts < 1 or x.shape[0] % experts or x.shape[0] // experts < heads * head_dim:
         raise ValueError(f"x: got {list(x.shape)}, allowed: [{experts} * at least {heads * head_dim}, ...]")
     return (torch.empty_like(x, memory_format=torch.contiguous_format),)
 

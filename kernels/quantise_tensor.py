@@ -16,7 +16,7 @@ def outputs(x: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     Raises ValueError for another shape or dtype.
     """
     codes, _ = row_outputs(x)
-    if x.shape[0] % experts:
+    if experts < 1 or x.shape[0] % experts:
         raise ValueError(f"x: got {list(x.shape)}, allowed: [{experts} R, C]")
     return codes, x.new_empty((experts, 1), dtype=torch.float32)
 

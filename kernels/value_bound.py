@@ -25,8 +25,10 @@ def outputs(
     -> [1], float32: the power of two that, as a scale, brings outputs `first` to `first + rows` of each expert into
     eight bits. Raises ValueError for inputs that do not belong together.
     """
-    own = weight.shape[0] // experts
-    if weight.ndim != 2 or weight.shape[0] % experts or not 0 <= first < first + rows <= own:
+    if (
+        weight.ndim != 2 or experts < 1 or weight.shape[0] % experts
+        or not 0 <= first < first + rows <= weight.shape[0] // experts
+    ):  # fmt: skip
         raise ValueError(f"weight: got {list(weight.shape)}, allowed: [{experts} * at least {first + rows}, C]")
     if weight_scale is not None and weight_scale.shape not in ((weight.shape[0], 1), (experts, 1)):
         allowed = f"[{weight.shape[0]}, 1] or [{experts}, 1]"

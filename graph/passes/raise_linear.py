@@ -14,7 +14,8 @@ LINEAR = ops.linear.default
 def raise_linear(graph: Graph) -> None:
     for node in graph.nodes.nodes:
         if experts := match_experts(node, aten.linear.default, weight=1):
-            if reason := _refusal(experts.first):
+            batch = None if experts.x.meta["val"].ndim == 2 else "a batch is no sequence of modalities"
+            if reason := batch or _refusal(experts.first):
                 graph.refuse("raise_linear", node, reason)
                 continue
             with graph.nodes.inserting_before(node):

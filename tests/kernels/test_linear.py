@@ -50,7 +50,9 @@ def test_leading_dimensions_go_to_the_reference():
         ({"weight": torch.zeros(5, 6)}, "weight"),
         ({"weight": torch.zeros(5, 7, dtype=BF16)}, "weight"),
         ({"weight": torch.zeros(35)}, "weight"),
-        ({"experts": 3}, "weight"),
+        ({"experts": 3, "counts": [1, 2, 1]}, "weight"),
+        ({"experts": 0}, "experts"),
+        ({"x": torch.zeros(2, 2, 7), "weight": torch.zeros(6, 7), "experts": 3, "counts": [1, 1, 0]}, "x"),
         ({"weight": torch.zeros(6, 7), "experts": 3, "counts": [1, 2]}, "counts"),
         ({"weight": torch.zeros(6, 7), "experts": 3, "counts": [1, 2, 2]}, "counts"),
     ],
@@ -120,6 +122,7 @@ def test_who_takes_codes():
     [
         ({"weight_scale": None}, "weight: got .* torch.float8_e4m3fn, allowed: .* torch.bfloat16"),
         ({"weight_scale": torch.ones(48)}, r"weight_scale: got \[48\] torch.float32, allowed: \[48, 1\]"),
+        ({"weight_scale": torch.tensor(1.0)}, r"weight_scale: got \[\] torch.float32, allowed: \[48, 1\]"),
         ({"weight_scale": torch.ones(48, 1).double()}, "weight_scale: got .* torch.float64"),
         ({"weight": normal(48, 64)}, "weight: got .* torch.bfloat16, allowed: .* torch.float8_e4m3fn"),
         ({"x_scale": torch.ones(12, 1)}, "x_scale: got one for torch.bfloat16"),

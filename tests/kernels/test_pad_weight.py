@@ -14,8 +14,9 @@ def test_zeros_below_and_beside_each_expert():
     for i in range(3):
         assert torch.equal(padded[3 * i : 3 * i + 2, :2], weight[2 * i : 2 * i + 2])
     assert padded.count_nonzero() == 12
-    with pytest.raises(ValueError, match=r"weight: got \[6, 2\], allowed: \[4 O, I\]"):
-        ops.pad_weight(weight, 4, 1, 2)
+    for experts in (4, 0):
+        with pytest.raises(ValueError, match=rf"weight: got \[6, 2\], allowed: \[{experts} O, I\]"):
+            ops.pad_weight(weight, experts, 1, 2)
 
 
 def test_codes_are_padded_with_zeros():

@@ -13,8 +13,9 @@ def test_partners_come_side_by_side_in_each_head_of_each_expert(columns):
     paired = ops.pair_heads(x, 2, 2, 6, 4)
     order = [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11, 12]
     assert torch.equal(paired, torch.cat((x[:13][order], x[13:][order])))
-    with pytest.raises(ValueError, match="x: got"):
-        ops.pair_heads(x, 2, 3, 6, 4)
+    for experts, heads in ((2, 3), (0, 2)):
+        with pytest.raises(ValueError, match="x: got"):
+            ops.pair_heads(x, experts, heads, 6, 4)
 
 
 def test_codes_move_as_any_values_do():

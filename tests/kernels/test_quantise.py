@@ -83,7 +83,10 @@ def test_a_row_is_a_code_times_a_scale():
     assert ((back - x).abs() <= (x.abs() / 16).clamp(min=scales * 2**-10)).all()
 
 
-@pytest.mark.parametrize("x", [torch.zeros(4), torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, 2).to(E4M3)])
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(4), *(torch.zeros(2, 2).to(dtype) for dtype in (torch.int32, E4M3, torch.float8_e5m2))],
+)
 def test_what_is_refused(x):
     with pytest.raises(ValueError, match="x: got .*, allowed: "):
         ops.quantise(x)

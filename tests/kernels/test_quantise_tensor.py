@@ -14,5 +14,6 @@ def test_each_experts_largest_value_is_448():
         assert own.abs().max() == 448
         assert torch.equal(own, ops.quantise(part.reshape(1, -1))[0].float().view(part.shape))
         assert scale == part.abs().max().float() / 448
-    with pytest.raises(ValueError, match=r"x: got \[12, 7\], allowed: \[5 R, C\]"):
-        ops.quantise_tensor(x, 5)
+    for none in (5, 0, -3):
+        with pytest.raises(ValueError, match=rf"x: got \[12, 7\], allowed: \[{none} R, C\]"):
+            ops.quantise_tensor(x, none)

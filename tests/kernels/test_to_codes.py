@@ -16,6 +16,6 @@ def test_values_times_a_number(dtype):
 
 
 def test_what_is_refused():
-    for x in (torch.zeros(2, dtype=torch.int64), torch.zeros(2).to(E4M3)):
+    for x in (torch.zeros(2, dtype=torch.int64), torch.zeros(2).to(E4M3), torch.zeros(2).to(torch.float8_e5m2)):
         with pytest.raises(ValueError, match="x: got .*, allowed: floats"):
             ops.to_codes(x, 1.0)

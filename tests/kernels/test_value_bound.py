@@ -38,7 +38,7 @@ def test_gains_of_float64_give_a_bound_in_float32():
 
 def test_what_does_not_belong_together():
     weight = normal(24, 48)
-    for experts, first, rows in ((1, 20, 5), (1, -1, 3), (1, 3, 0), (5, 0, 1)):
+    for experts, first, rows in ((1, 20, 5), (1, -1, 3), (1, 3, 0), (5, 0, 1), (0, 0, 1)):
         with pytest.raises(ValueError, match=r"weight: got \[24, 48\]"):
             ops.value_bound(weight, None, None, experts, first, rows)
     with pytest.raises(ValueError, match=r"weight_scale: got \[2, 1\], allowed: \[24, 1\] or \[3, 1\]"):

@@ -32,6 +32,12 @@ def test_products_of_three_experts(inputs, reason):
     assert site(experts(F.linear), values(9, 8), values(12, 8))[0] == ["raise_linear"]
 
 
+def test_a_batch_is_no_sequence_of_modalities():
+    taken, refused = site(experts(F.linear), values(9, 5, 8), values(12, 8))
+    assert taken == ["raise_linear"] * 3  # each by itself
+    assert refused == ["a batch is no sequence of modalities"]
+
+
 def test_the_parts_of_one_row_are_not_experts():
     def run(module, x, stacked):
         parts = zip(x.split([2, 2, 2]), stacked.chunk(3), strict=True)
