@@ -48,8 +48,9 @@ def reference(
         own = own * scales[:, first : first + rows]
     if gain is not None:
         own = own * widen(gain).view(-1, 1, weight.shape[1])
-    bound = own.norm(dim=-1).amax() * (math.sqrt(weight.shape[1]) * MARGIN / LARGEST)
-    return (bound.clamp(min=2.0**-100).log2().ceil().exp2().float()[None],)
+    length = torch.linalg.vector_norm(own, dim=-1, dtype=torch.float64).amax()  # whose squares may exceed float32
+    bound = length * (math.sqrt(weight.shape[1]) * MARGIN / LARGEST)
+    return (bound.clamp(2.0**-100, 2.0**120).log2().ceil().exp2().float()[None],)
 
 
 def cost(weight: Tensor, weight_scale: Tensor | None, gain: Tensor | None, experts: int, first: int, rows: int) -> Cost:

@@ -31,6 +31,14 @@ def test_no_normed_row_exceeds_it(experts, gains, codes):
     assert bound == 2.0 ** round(torch.tensor(bound).log2().item())
 
 
+@pytest.mark.parametrize("gain", [2.0**-80, 2.0**90])
+def test_squares_beyond_float32(gain):
+    """The bound is that of ordinary gains, times theirs."""
+    weight, ordinary = normal(24, 48), normal(48)
+    one, other = (ops.value_bound(weight, None, each, 1, 0, 24) for each in (ordinary, ordinary * gain))
+    assert torch.equal(other, one * gain)
+
+
 def test_gains_of_float64_give_a_bound_in_float32():
     gain = normal(48).double()
     assert torch.equal(*(ops.value_bound(normal(24, 48), None, each, 1, 0, 24) for each in (gain, gain.float())))
