@@ -72,8 +72,12 @@ def refusals(module, scale=200.0):
     return Counter(site.refused for site in run.plan.sites if site.rewrite == "quantise_in_producer")
 
 
-def test_values_of_normed_rows_are_bounded():
-    assert refusals(Block(normed)) == {None: 2}
+@pytest.mark.parametrize("size", [1, 1000])
+def test_values_of_normed_rows_are_bounded(size):
+    """By the rows of the weight that make them, which may be larger than those of queries and keys."""
+    block = Block(normed)
+    block.qkv.data[2 * C :] *= size
+    assert refusals(block) == {None: 2}
 
 
 UNBOUNDED = "what attention reads as values is not known to be bounded"
