@@ -158,8 +158,7 @@ def test_scales_of_whole_tensors_are_calibrated_and_frozen():
         FP8_TENSOR.calibrated({"a": float("nan")})
 
 
-@pytest.mark.parametrize("inputs", [None, "token", "tensor"])
-@pytest.mark.parametrize("weights", ["channel", "tensor"])
+@pytest.mark.parametrize(("weights", "inputs"), [("tensor", None), ("tensor", "token"), ("channel", "tensor")])
 def test_what_shares_a_scale_is_free_to_choose(weights, inputs):
     model, given = random_model(CONFIG), random_inputs(CONFIG, 3, 7, 5, 9)
     scheme = Scheme("own", "one's own", ("sm_90",), weights=weights, inputs=inputs)
