@@ -258,7 +258,7 @@ def test_an_engine_takes_scheme_and_keep_list_of_its_checkpoint(tmp_path, small)
 def test_what_a_quantised_checkpoint_cannot_do(tmp_path, small):
     folder = written(tmp_path / "quantised")  # of fp8, which this CPU cannot compute
     assert Engine.from_pretrained(folder, scheme="fp8-weights").scheme.name == "fp8-weights"
-    own = Scheme("own", "", False, ("cpu",))
+    own = Scheme("own", "", ("cpu",))
     for given, message in (
         ({}, "scheme: got fp8 for cpu, which cannot compute it, allowed: fp8-weights"),
         ({"mode": "eager"}, "mode: got eager with a checkpoint of fp8, allowed: fused"),
