@@ -68,7 +68,7 @@ def test_whole_model_as_recorded(case, mode):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize(("case", "scheme"), zip(WHOLE[-2:], cycle(("fp8-weights", "fp8"))), ids=str)
+@pytest.mark.parametrize(("case", "scheme"), [*zip(WHOLE[-2:], cycle(("fp8-weights", "fp8")))], ids=str)
 def test_whole_model_in_eight_bits(case, scheme):
     """One step of 40 random layers, a GPU's scheme by the plain operators.
 
