@@ -68,7 +68,9 @@ def choose(op: Op, inputs: Sequence[Any], target: str, whole: bool = False) -> C
     kernel = op.kernel(*inputs)
     if kernel is None:
         return None
-    config = next(iter(configs(op.name, target, form_of(inputs)))) if kernel.name == "triton" else None
+    config = next(iter(configs(op.name, target, form_of(inputs))), None) if kernel.name == "triton" else None
+    if kernel.name == "triton" and config is None:  # codes on sm_80
+        return None
     if op.expand is None:
         why = f"the first that is there of {', '.join(kernels)}" if len(kernels) > 1 else "the only kernel"
         return Choice(Candidate(kernel.name, config), "predicted", why)

@@ -237,6 +237,13 @@ def test_every_way_to_compute_an_operator():
     ]
     assert candidates(OPS["linear_qk_norm_rope"], "sm_80")[-1] == Candidate(PARTS)
     assert candidates(OPS["rope"], "sm_90") == ()
+    codes = meta(4, 16).to(torch.float8_e4m3fn), meta(16, 16).to(torch.float8_e4m3fn)
+    for inputs, form in ((codes, "fp8"), ((meta(4, 16), codes[1]), "w8a16"), ((meta(4, 16), meta(16, 16)), "BM=")):
+        tried = [each.config for each in candidates(OPS["linear"], "sm_90", inputs) if each.config]
+        assert tried
+        assert all(config.startswith(form) for config in tried)
+    assert candidates(OPS["quantise"], "sm_80") == ()
+    assert choose(OPS["quantise"], (meta(4, 16),), "sm_80") is None
     assert {each.kernel for each in candidates(OPS["attention"], "sm_90")} == {
         kernel.name for kernel in OPS["attention"].kernels if "cuda" in kernel.devices
     }
