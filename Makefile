@@ -18,6 +18,9 @@ unexport PYTHONPATH
 # The oldest Triton that kernels are compiled with: it comes with torch 2.11.
 OLDEST := $(VENV)/triton-3.6
 
+# Whose products of eight bits ours are held against; apart, since diffusers imports it where it is installed.
+RIVAL := $(VENV)/torchao
+
 .PHONY: demo test install lint types gates suite slow golden bench clean
 
 # The second command says what the compiler gains in each step of the clip.
@@ -53,8 +56,12 @@ gates: install $(OLDEST)
 $(OLDEST): $(VENV)/tools
 	PIP_CONSTRAINT= $(BIN)/pip install --quiet --no-deps --target $@ "triton==3.6.*"
 
-suite: install
+suite: install $(RIVAL)
 	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
+	PYTHONPATH=$(RIVAL) $(BIN)/python -m pytest tests/kernels/test_float8_torchao.py
+
+$(RIVAL): $(VENV)/tools
+	$(BIN)/pip install --quiet --no-deps --target $@ "torchao==0.18.0"
 
 # Minutes and gigabytes.
 slow: install

@@ -26,8 +26,10 @@ def needed(resolution, scheme):
     return parts_of(Options(request(resolution), scheme=SCHEMES[scheme]))
 
 
-@pytest.mark.parametrize("resolution", ["256p", "1080p"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("resolution", "scheme"),
+    [("256p", "bfloat16"), ("256p", "fp8-weights"), ("1080p", "bfloat16"), ("1080p", "fp8")],
+)
 def test_the_whole_engine_fits_40_gb(scheme, resolution):
     """Base and super-resolution take turns; the text encoder and the idle model wait on the host."""
     parts, _ = needed(resolution, scheme)
@@ -57,7 +59,7 @@ def test_weights_are_near_those_of_the_module():
 def test_the_price_of_a_keep_list_is_stated():
     scheme = FP8_WEIGHTS.keeping(["block.layers.[0-3].mlp.down_proj"])  # 12 matrices of 20480 x 5120
     text = stated(Options(request("256p"), target="sm_80", scheme=scheme)).text()
-    assert "Weights of distill: 16.59 GB; 15.33 GB if nothing were kept as block.layers.[0-3].mlp.down_proj." in text
+    assert "Weights of distill: 16.66 GB; 15.40 GB if nothing were kept as block.layers.[0-3].mlp.down_proj." in text
     with pytest.raises(ValueError, match="scheme: got fp8 for sm_80"):
         Options(request("256p"), target="sm_80", scheme=FP8)
 

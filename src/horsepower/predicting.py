@@ -1,6 +1,6 @@
 """`horsepower roofline`: what a step of the released model must take on a GPU, kernel by kernel, and by each fusion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,14 +54,16 @@ def variant_of(resolution: str) -> ModelName:
     return PIPELINES[resolution].super_resolution or "distill"
 
 
-def graphs_of(model: DiT, target: str) -> tuple[Graph, Graph, dict[str, Graph]]:
+def graphs_of(
+    model: DiT, target: str, schemes: Sequence[Scheme] = (FP8_WEIGHTS, FP8)
+) -> tuple[Graph, Graph, dict[str, Graph]]:
     """A step of a model on the meta device: captured; with each fused operator as its parts; as the target runs it.
 
     The last by name: as it is, and under each scheme that the target has the arithmetic for.
     """
     captured = capture(model, velocity_example(model), None, VELOCITY_SHAPES, "velocity")
-    schemes = (None, *(scheme for scheme in (FP8_WEIGHTS, FP8) if target in scheme.targets))
-    starts = {plan_name(each): replace(provenance.snapshot(captured), target=target, scheme=each) for each in schemes}
+    able = (None, *(scheme for scheme in schemes if target in scheme.targets))
+    starts = {plan_name(each): replace(provenance.snapshot(captured), target=target, scheme=each) for each in able}
     return captured, run(provenance.snapshot(captured)), {name: run(start) for name, start in starts.items()}
 
 

@@ -15,6 +15,7 @@ from horsepower.bench.roofline import Kernel, Rung, grouped, ladder
 from horsepower.bench.step import Tokens
 from horsepower.graph.capture import capture
 from horsepower.kernels.rates import GPUS, Rates
+from horsepower.quant.scheme import FP8
 from horsepower.runtime.fused import velocity_example
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import MODELS
@@ -37,7 +38,7 @@ WORKLOAD = [
 @cache
 def planned(config):
     model = DiT(config, device="meta")
-    return model, predicting.graphs_of(model, "sm_90")
+    return model, predicting.graphs_of(model, "sm_90", (FP8,) if config is MODELS["distill"] else ())
 
 
 @cache
