@@ -18,7 +18,7 @@ def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch. A row that holds NaN or an infinity has a scale that says so, and codes that are not numbers."""
+    """Plain PyTorch. NaN makes its whole row NaN, scale and codes; an infinity its scale infinite and its code NaN."""
     wide = widen(x)
     largest = wide.abs().amax(1, keepdim=True) if x.shape[1] else wide.new_zeros(x.shape[0], 1)
     largest = largest.clamp(min=LEAST)

@@ -63,10 +63,12 @@ class Scheme:
         return replace(self, largest=tuple(sorted(largest.items())))
 
     def check(self, target: str) -> "Scheme":
-        """The scheme itself. Raises ValueError if a target has not the arithmetic for it."""
+        """The scheme itself. Raises ValueError if a target has not the arithmetic for it, or it is not calibrated."""
         if target not in self.targets:
             able = ", ".join(scheme.name for scheme in SCHEMES.values() if target in scheme.targets)
             raise ValueError(f"scheme: got {self.name} for {target}, which cannot compute it, allowed: {able}")
+        if self.inputs == "tensor" and not self.largest:
+            raise ValueError(f"scheme: got {self.name} as it is, allowed: calibrated, by Scheme.calibrated(largest)")
         return self
 
 

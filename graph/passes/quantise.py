@@ -4,6 +4,7 @@ Assumes that the error which comes with it is wanted: the one pass that is not e
 """
 
 import operator
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +37,7 @@ def quantise(graph: Graph) -> None:
     scheme = graph.scheme
     if scheme is None:
         return
+    _check_keep(graph, scheme)
     known: dict[tuple[fx.Node, *tuple[Any, ...]], Pair] = {}
 
     def pair(x: fx.Node, *how: Any) -> Pair:
@@ -67,6 +69,15 @@ def quantise(graph: Graph) -> None:
             x, scales = _calibrated(graph, x, scales, scheme, layer_of(parameter), node)
         node.args = (x, codes, *rest, x_scale, scales)
         graph.take("quantise", node)
+
+
+def _check_keep(graph: Graph, scheme: Scheme) -> None:
+    """Raises ValueError for a pattern that keeps nothing: a slip would otherwise quantise what was to be kept."""
+    products = (node for node in graph.nodes.nodes if node.target in (*LINEARS, aten.linear.default))
+    layers = [layer_of(_parameter(args_of(node)[1])) for node in products]
+    for pattern in scheme.keep:
+        if not any(replace(scheme, keep=(pattern,)).keeps(layer) for layer in layers):
+            raise ValueError(f"keep: got {pattern!r}, allowed: patterns of linear layers, such as {layers[:2]}")
 
 
 def refusal(graph: Graph, scheme: Scheme, node: fx.Node) -> str | None:

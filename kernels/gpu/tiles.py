@@ -223,6 +223,8 @@ def refuses(x: Tensor, weight: Tensor, x_scale: Tensor | None = None, weight_sca
         return f"{x.shape[1]} codes a row are no multiple of 4"
     if form == "fp8" and x.is_cuda and place_of(x).arch == "sm_80":
         return "sm_80 has no products of FP8"
+    if weight_scale is not None and weight_scale.shape[0] < weight.shape[0]:
+        return "the weight has one scale for all outputs"
     if any(scale is not None and not scale.is_contiguous() for scale in (x_scale, weight_scale)):
         return "its scales are not contiguous"
     return None if pitched(x) and pitched(weight) else "its rows do not begin at multiples of 16 bytes"
@@ -259,9 +261,8 @@ def writable(out: Tensor, experts: int, config: Config, columns: int) -> tuple[A
     """`out`, its pitch and STORE, as `store` takes them for tiles of so many columns.
 
     STORE is 0 for a descriptor, which cannot stop at the end of a modality's rows, and whose copy of codes in shared
-    memory would be written byte by byte. Otherwise the pitch comes in STORE
-    elements: Triton has no other way to know how wide a row's stores may be. Wider rows than 512 bytes go in halves,
-    for which shared memory has room.
+    memory would be written byte by byte. Otherwise the pitch comes in STORE elements: Triton has no other way to know
+    how wide a row's stores may be. Wider rows than 512 bytes go in halves, for which shared memory has room.
     """
     described = config.constants["TMA"] and experts == 1 and out.itemsize > 1
     if described and out.numel() and pitched(out):

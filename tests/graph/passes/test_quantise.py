@@ -62,6 +62,18 @@ def test_the_keep_list_keeps():
     assert not calls(plan, "quantise")  # what feeds kept layers alone stays as it was
 
 
+def test_a_pattern_that_keeps_nothing_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^keep: got 'blok\.\*', allowed: patterns of linear layers, such as \['adapt"
+    ):
+        run(random_model(CONFIG), FP8.keeping(["block.layers.1.*", "blok.*"]))
+
+
+def test_a_scheme_that_is_not_calibrated_is_refused():
+    with pytest.raises(ValueError, match="^scheme: got fp8-tensor as it is, allowed: calibrated"):
+        run(random_model(CONFIG), "fp8-tensor")
+
+
 def faithful(model, dtype=torch.float64):
     """A twin in float64."""
     twin = DiT(replace(model.config, params_dtype=dtype), dtype)

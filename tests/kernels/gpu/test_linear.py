@@ -140,6 +140,7 @@ def test_what_the_kernel_does_not_take():
     spread, half = torch.cat((x_scale, x_scale), dim=1)[:, :1], normal(6, 22)
     for arguments, reason in [
         ((x, weight, experts, counts, spread, weight_scale), "its scales are not contiguous"),
+        ((x, weight, experts, counts, None, weight_scale[:1]), "the weight has one scale for all outputs"),
         ((x[:, 1:], weight[:, 1:], *rest, x_scale, weight_scale), "its rows do not begin at multiples of 16 bytes"),
         ((half, weight[:, :22], experts, counts, None, weight_scale), "22 codes a row are no multiple of 4"),
     ]:
