@@ -1,7 +1,7 @@
 """The error of each linear layer of a DiT on what it reads in real denoising steps.
 
 The model runs as it is written, in 16 bits. Hooks take a sample of the rows that pass, quantise them as the plan does
-(`graph/passes/fuse_quantiser.py`) with the plan's own ops, and measure at once: nothing is kept.
+(`graph/passes/quantise_in_producer.py`) with the plan's own ops, and measure at once: nothing is kept.
 """
 
 from collections.abc import Iterator
