@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gpu import DEVICE
+from horsepower.graph.passes import PASSES
 from horsepower.kernels.gate import twins
 from horsepower.kernels.registry import OPS, Kernel
 from horsepower.runtime.compiled import compile
@@ -55,3 +56,29 @@ def test_a_step_of_a_model(name, calls):
     for one, other, want in zip(got, eager, true, strict=True):
         if want.numel():
             assert relative_error(one, want) <= max(1.1 * relative_error(other, want), 4 * 2.0**-8)
+
+
+IN_CODES = {**LAYERS, "rms_norm_quantise": 1, "rms_norm": 2, "linear": 1, "linear_add_rms_norm_quantise": 5}
+
+
+@pytest.mark.parametrize(("scheme", "ran"), [("fp8", IN_CODES), ("fp8-weights", EXPECTED)])
+def test_a_step_in_eight_bits(scheme, ran, calls, monkeypatch):
+    """A kernel at each site, and as near to float64 as the same plan by plain operators."""
+    config = replace(TINY, hidden_size=256, head_dim=128, num_query_groups=1)
+    model = random_model(config).to(DEVICE)
+    exact = DiT(replace(config, params_dtype=torch.float64), torch.float64)
+    exact.load_state_dict(model.state_dict())
+    given, how = (*(x.to(DEVICE) for x in random_inputs(config, 3, 2, 5, 4)), 3), {"dynamic_shapes": DYNAMIC}
+    how |= {"target": "sm_90", "scheme": scheme, "cache": False}
+    run = compile(model, given, **how)
+    lengths = random_inputs(config, 3, 3, 2, 5)
+    with torch.no_grad():
+        true = exact.to(DEVICE)(*(x.to(DEVICE).double() for x in lengths), 3)
+        got = run(*(x.to(DEVICE) for x in lengths), 3)
+        assert {name: n for name, n in calls.items() if name in ran} == ran
+        plain = compile(model, given, only=[each for each in PASSES if each.__name__ != "lower"], **how)
+        for name in twins():
+            monkeypatch.setitem(OPS, name, replace(OPS[name], kernels=()))
+        want = plain(*(x.to(DEVICE) for x in lengths), 3)
+    for one, other, right in zip(got, want, true, strict=True):
+        assert relative_error(one, right) <= max(1.1 * relative_error(other, right), 4 * 2.0**-8) < 0.2
