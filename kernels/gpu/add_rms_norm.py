@@ -70,15 +70,22 @@ def run(
     gain: Tensor, counts: Sequence[int], eps: float, dtype: torch.dtype, config: Config | None = None,
 ) -> None:  # fmt: skip
     """A tile of whole rows a program; sums in float32."""
+    config = config or default(CONFIGS, residual)
+    start(add_rms_norm_kernel, out, residual, branch, post_gain, gain, counts, eps, config)
+
+
+def start(
+    kernel: Any, out: tuple[Tensor, ...], residual: Tensor, branch: Tensor, post_gain: Tensor | None, gain: Tensor,
+    counts: Sequence[int], eps: float, config: Config,
+) -> None:  # fmt: skip
+    """Launch `kernel(residual, branch, post_gain, gain, *out, ...)`, `out` the sum and what is made of it."""
     L, C = residual.shape
     if not residual.numel():
         return
     post_experts, experts = (0 if own is None else own.shape[0] // C for own in (post_gain, gain))
-    second, third = first_rows(3 in (post_experts, experts), counts, L)
-    config = config or default(CONFIGS, residual)
-    cut, unit = tile(C, config, residual, branch, *out), step(residual, branch)
+    cut, unit = tile(C, config, residual, branch, *out[:2]), step(residual, branch)
     launch(
-        add_rms_norm_kernel,
+        kernel,
         (triton.cdiv(L, cut["ROWS"]),),
         residual,
         branch,
@@ -87,8 +94,7 @@ def run(
         *out,
         residual.stride(0) // unit,
         branch.stride(0) // unit,
-        second,
-        third,
+        *first_rows(3 in (post_experts, experts), counts, L),
         L,
         eps,
         POST_EXPERTS=post_experts,

@@ -10,9 +10,8 @@ from torch import Tensor
 from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.gpu import add_rms_norm
 from horsepower.kernels.gpu.add_rms_norm import added_and_normed
-from horsepower.kernels.gpu.launch import Config, default, launch
-from horsepower.kernels.gpu.rows import places, step, store_codes, tile
-from horsepower.kernels.modality import first_rows
+from horsepower.kernels.gpu.launch import Config, default
+from horsepower.kernels.gpu.rows import places, store_codes
 
 
 @triton.jit(do_not_specialize=["residual_steps", "branch_steps", "second", "third", "L"])
@@ -47,31 +46,8 @@ def run(
     gain: Tensor, counts: Sequence[int], eps: float, config: Config | None = None,
 ) -> None:  # fmt: skip
     """A tile of whole rows a program; sums in float32."""
-    L, C = residual.shape
-    if not residual.numel():
-        return
-    post_experts, experts = (0 if own is None else own.shape[0] // C for own in (post_gain, gain))
     config = config or default(CONFIGS, residual)
-    cut, unit = tile(C, config, residual, branch, out[0]), step(residual, branch)
-    launch(
-        add_rms_norm_quantise_kernel,
-        (triton.cdiv(L, cut["ROWS"]),),
-        residual,
-        branch,
-        gain if post_gain is None else post_gain,
-        gain,
-        *out,
-        residual.stride(0) // unit,
-        branch.stride(0) // unit,
-        *first_rows(3 in (post_experts, experts), counts, L),
-        L,
-        eps,
-        POST_EXPERTS=post_experts,
-        EXPERTS=experts,
-        STEP=unit,
-        **cut,
-        config=config,
-    )
+    add_rms_norm.start(add_rms_norm_quantise_kernel, out, residual, branch, post_gain, gain, counts, eps, config)
 
 
 def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -50,22 +50,27 @@ def run(
     eps: float, dtype: torch.dtype, config: Config | None = None,
 ) -> None:  # fmt: skip
     """A tile of whole rows a program; sums in float32."""
+    start(rms_norm_kernel, out, x, gain, experts, counts, eps, config or default(CONFIGS, x))
+
+
+def start(
+    kernel: Any, out: tuple[Tensor, ...], x: Tensor, gain: Tensor | None, experts: int, counts: Sequence[int],
+    eps: float, config: Config,
+) -> None:  # fmt: skip
+    """Launch `kernel(x, gain, *out, ...)`, `out` what is made of the normed rows."""
     if not x.numel():
         return
     C = x.shape[-1]
     L = x.numel() // C
-    second, third = first_rows(experts == 3, counts, L)
-    config = config or default(CONFIGS, x)
-    cut, unit = tile(C, config, x, *out), step(x)
+    cut, unit = tile(C, config, x, out[0]), step(x)
     launch(
-        rms_norm_kernel,
+        kernel,
         (triton.cdiv(L, cut["ROWS"]),),
         x,
         x if gain is None else gain,
-        out[0],
+        *out,
         (pitch(x) or 0) // unit,
-        second,
-        third,
+        *first_rows(experts == 3, counts, L),
         L,
         eps,
         EXPERTS=0 if gain is None else experts,
