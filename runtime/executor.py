@@ -16,7 +16,7 @@ from horsepower.graph.operators import name_of, operator_of, writer_of
 from horsepower.graph.plan import Plan
 from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import op_of
-from horsepower.quant.quantised import Quantised, Values, check_pair, plain
+from horsepower.quant.quantised import Quantised, Values, check_pair, plain, quantised
 from horsepower.runtime.devices import StreamOrder, check_free, current
 from horsepower.runtime.replay import Replay, capture
 
@@ -121,10 +121,11 @@ def _loaded(plan: Plan, weights: Values) -> Env:
 
 
 def _load(call: Call, env: Env, names: Mapping[str, str]) -> None:
-    """Execute a call, but for the one whose result was given in its operand's stead."""
+    """Execute a call; a weight that comes quantised already is the result of the call that would quantise it."""
     given = {name: env[name] for name in call.reads}
-    if call.target == QUANTISE and isinstance(made := next(iter(given.values())), Quantised):
-        env[call.result] = tuple(made)
+    if call.target == QUANTISE:
+        ((name, value),) = given.items()
+        env[call.result] = tuple(value if isinstance(value, Quantised) else quantised(names.get(name, name), value))
         return
     for name, value in given.items():
         plain(names.get(name, name), value)

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from horsepower import Engine, Request
 from horsepower.graph.passes import PASSES
 from horsepower.quant.scheme import FP8, FP8_WEIGHTS
 from horsepower.runtime import cache
-from horsepower.runtime.compiled import planned
+from horsepower.runtime.compiled import compile, planned
 from models import DYNAMIC, TINY, random_inputs, random_model
 from recordings import relative_error
 
@@ -44,3 +45,11 @@ def test_a_plan_is_found_under_its_scheme_alone(tmp_path, monkeypatch):
         text, known = plan(other)
         assert not known
         assert str(text) != str(first)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_while_they_are_quantised(value):
+    model = random_model(TINY)
+    model.block.layers[1].mlp.down_proj.weight.data[3, 5] = value
+    with pytest.raises(ValueError, match=r"block\.layers\.1\.mlp\.down_proj\.weight: got NaN or infinite values"):
+        compile(model, (*random_inputs(TINY, 3, 2, 5, 4), 3), dynamic_shapes=DYNAMIC, scheme="fp8-weights")
