@@ -11,10 +11,14 @@ SCHEMA = "(Tensor x) -> (Tensor, Tensor)"
 
 
 def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [R, C] -> codes [R, C] in e4m3, scales [R, 1] in float32. Raises ValueError for another shape or dtype."""
+    """x [R, C] -> codes [R, C] in e4m3, scales [R, 1] in float32, or float64 for its values.
+
+    Raises ValueError for another shape or dtype.
+    """
     if x.ndim != 2 or not x.is_floating_point() or x.itemsize < 2:
         raise ValueError(f"x: got {list(x.shape)} {x.dtype}, allowed: [R, C] of 16 bits or more")
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    scale = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((x.shape[0], 1), dtype=scale)
 
 
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:

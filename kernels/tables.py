@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "tuned"
 PARTS = "parts"  # the candidate that is the operator's expansion
-WEIGHTS = frozenset(
-    ["weight", "weight_scale", "bias", "gain", "post_gain", "q_gain", "k_gain"]
-)  # tensors whose rows are not tokens
+# Tensors whose rows are not tokens.
+WEIGHTS = frozenset(["weight", "weight_scale", "bias", "gain", "post_gain", "q_gain", "k_gain"])
 VARYING = frozenset(["counts", "frames", "video", "eps"])  # of the prompt, or without effect on time
 
 
