@@ -17,6 +17,11 @@ def codes_of(x: Tensor, inverse: Tensor | float) -> Tensor:
     return (x * inverse).clamp(-LARGEST, LARGEST).to(E4M3)
 
 
+def scale_up_to(bound: Tensor) -> Tensor:
+    """The power of two, float32, that as a scale brings values up to a bound into codes; scaling by it is exact."""
+    return (bound / LARGEST).clamp(LEAST, 2.0**120).log2().ceil().exp2().float()
+
+
 def widen(x: Tensor) -> Tensor:
     """In float32; float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()

@@ -7,6 +7,7 @@ from horsepower.kernels import (  # noqa: F401 importing an op registers it
     add_rms_norm,
     add_rms_norm_quantise,
     attention,
+    head_bound,
     layer_norm,
     linear,
     linear_activation,
@@ -23,6 +24,7 @@ from horsepower.kernels import (  # noqa: F401 importing an op registers it
     rope,
     silu_mul,
     to_codes,
+    transpose_to_codes,
     value_bound,
 )
 

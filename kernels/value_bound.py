@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from horsepower.kernels.float8 import LARGEST, widen
+from horsepower.kernels.float8 import scale_up_to, widen
 from horsepower.kernels.registry import Cost, Op, register
 
 SCHEMA = "(Tensor weight, Tensor? weight_scale, Tensor? gain, int experts, int first, int rows) -> Tensor"
@@ -49,8 +49,7 @@ def reference(
     if gain is not None:
         own = own * widen(gain).view(-1, 1, weight.shape[1])
     length = torch.linalg.vector_norm(own, dim=-1, dtype=torch.float64).amax()  # whose squares may exceed float32
-    bound = length * (math.sqrt(weight.shape[1]) * MARGIN / LARGEST)
-    return (bound.clamp(2.0**-100, 2.0**120).log2().ceil().exp2().float()[None],)
+    return (scale_up_to(length * (math.sqrt(weight.shape[1]) * MARGIN))[None],)
 
 
 def cost(weight: Tensor, weight_scale: Tensor | None, gain: Tensor | None, experts: int, first: int, rows: int) -> Cost:

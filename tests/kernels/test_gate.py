@@ -54,7 +54,13 @@ def test_less_shared_memory_on_sm_80():
 def test_every_operator_with_work_to_do_has_a_kernel():
     wanted = {"activation", "add_rms_norm", "attention", "layer_norm", "qk_norm_rope", "rms_norm", "silu_mul"}
     products = {"linear", "linear_activation", "linear_add_rms_norm", "linear_qk_norm_rope"}
-    quantisers = {"quantise", "rms_norm_quantise", "add_rms_norm_quantise", "linear_add_rms_norm_quantise"}
+    quantisers = {
+        "quantise",
+        "transpose_to_codes",
+        "rms_norm_quantise",
+        "add_rms_norm_quantise",
+        "linear_add_rms_norm_quantise",
+    }
     assert set(twins()) == wanted | products | quantisers
 
 
