@@ -79,6 +79,7 @@ def writer(attend: Attend) -> Callable[..., None]:
     def run(
         out: tuple[Tensor, ...], _workspace: Tensor | None, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None,
         experts: int, counts: Sequence[int], frames: int, video: int, window: int, inverse: Tensor | None = None,
+        scales: None = None,
     ) -> None:  # fmt: skip
         if q.ndim == 4:
             out[0].copy_(attend(q, k, v))

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from exact_float8 import encode
 
 from exactness import check_exactness
+from horsepower.kernels import attention
 from horsepower.kernels.attention import (
     ATTENTION,
     native,
@@ -15,6 +17,7 @@ from horsepower.kernels.attention import (
 from horsepower.kernels.attention_ranges import key_ranges
 from horsepower.kernels.float8 import E4M3, codes_of
 from horsepower.kernels.native_library import ISAS
+from horsepower.kernels.ops import ops
 
 F32, BF16 = torch.float32, torch.bfloat16
 ULP = {F32: 2.0**-23, BF16: 2.0**-8}
@@ -319,3 +322,62 @@ def test_codes_of_the_result():
         ATTENTION(q, k, v, gate, *FULL, torch.ones(2))
     with pytest.raises(ValueError, match="q: got a batch"):
         ATTENTION(q[None], k[None], v[None], None, *FULL, inverse)
+
+
+def of_codes(rows, heads=4, kv_heads=2, dim=32, keys=None, gate=None, seed=0):
+    """Codes of q, k and v, these turned, the gate, and their scales; and what the codes stand for, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((rows, heads, dim), (keys or rows, kv_heads, dim), (keys or rows, kv_heads, dim))
+    q, k, v = (codes_of(100 * torch.randn(shape, generator=generator), 1.0) for shape in shapes)
+    gate = None if gate is None else torch.randn(gate, generator=generator)
+    scales = torch.tensor([2.0**-12, 2.0**-5])
+    exact = q.double() * 2.0**-6, k.double() * 2.0**-6, v.double() * 2.0**-5, gate
+    return (q, k, ops.transpose_to_codes(v.float(), torch.ones(1)), gate), scales, exact
+
+
+@pytest.mark.parametrize(
+    ("rows", "rest"),
+    [(0, FULL), (1, FULL), (37, FULL), (44, (1, [], 5, 35, 1)), (44, (3, [35, 4, 5], 5, 35, 0)), (6, (1, [], 4, 0, 1))],
+)
+def test_codes_attend_as_what_they_stand_for(rows, rest, monkeypatch):
+    """But for the weights, which are rounded to eight bits: by 2.6 % each, of which sums keep less."""
+    monkeypatch.setattr(attention, "SCORES", 4 * 44 * 5)  # some rows at a time
+    given, scales, exact = of_codes(rows, gate=(rest[0] * 4,))
+    (got,) = ATTENTION.reference(*given, *rest, None, scales)
+    assert got.dtype == BF16
+    if rows:
+        assert 0 < error(got, reference(*exact, *rest)[0]) < 0.026
+    inverse = torch.tensor([30.0])
+    (codes,) = ATTENTION.reference(*given, *rest, inverse, scales)
+    assert codes.dtype == E4M3
+    torch.testing.assert_close(codes.float() / 30, got.float(), rtol=0.07, atol=1e-3)
+
+
+def test_weights_of_codes_are_the_nearest_to_eight_bits_of_up_to_256():
+    (q, k, v, _), scales, (wide_q, wide_k, wide_v, _) = of_codes(9, 2, 1, keys=23)
+    scores = torch.einsum("lhd,sgd->hls", wide_q, wide_k) / 32**0.5
+    weights = 256 * (scores - scores.amax(-1, keepdim=True)).exp()
+    rounded = torch.from_numpy(encode(weights.numpy())).view(E4M3).double()
+    want = torch.einsum("hls,sgd->lhd", rounded / weights.sum(-1, keepdim=True), wide_v)
+    (got,) = ATTENTION.reference(q, k, v, None, *FULL, None, scales)
+    assert error(got, want) < 2.0**-8
+
+
+def test_equal_scores_give_the_mean_of_the_values():
+    (q, k, v, _), scales, (*_, exact, _) = of_codes(40)
+    (got,) = ATTENTION.reference(torch.zeros_like(q), k, v, None, *FULL, None, scales)
+    torch.testing.assert_close(got, exact.mean(0).repeat_interleave(2, 0).expand(got.shape).to(BF16))
+
+
+def test_codes_that_do_not_belong_together():
+    (q, k, v, gate), scales, _ = of_codes(20, gate=(20, 4))
+    for given, match in (
+        ((q.float(), k, v, gate, *FULL, None, scales), "q, k, v: got torch.float32, .* one sequence of .* with scales"),
+        ((q, k, v[..., :20], gate, *FULL, None, scales), r"v: got \[2, 32, 20\], allowed: \[2, 32, 32\], as of"),
+        ((q, k, k, gate, *FULL, None, scales), r"v: got \[20, 2, 32\], allowed: \[2, 32, 32\]"),
+        ((q, k, v, gate, *FULL, None, scales[:1]), r"scales: got \[1\] torch.float32, allowed: \[2\]"),
+        ((q, k, v, gate, *FULL, None, scales.double()), r"scales: got \[2\] torch.float64"),
+        ((q[None], k[None], v[None], None, *FULL, None, scales), "q, k, v: got .* allowed: one sequence"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ATTENTION(*given)

@@ -8,8 +8,10 @@ import torch
 from exactness import check_codes, check_exactness
 from gpu import DEVICE, check
 from horsepower.kernels.attention import ATTENTION
+from horsepower.kernels.float8 import E4M3, codes_of
 from horsepower.kernels.gpu import attention
 from horsepower.kernels.gpu.launch import Config
+from horsepower.kernels.ops import ops
 
 F32, F16 = torch.float32, torch.float16
 FULL = (1, [], 1, 0, -1)  # experts, counts, frames, video, window
@@ -212,3 +214,88 @@ def test_what_is_too_large_for_a_code_saturates():
     got = check_as_codes(q, k, 100 * v, None, *FULL, inverse=torch.tensor([1000.0], device=DEVICE), config=TMA)
     assert (got.abs() == 448).any()
     assert got.isnan().any()
+
+
+CODES = [Config(4, 2, {"BLOCK_M": 16, "BLOCK_N": keys, "TMA": 1}, "fp8") for keys in (16, 32)]
+
+
+def of_codes(rows, heads=4, kv_heads=2, dim=32, gate=None, keys=None):
+    """Codes of q, k and turned v, the gate, their scales; and what the codes stand for, in float64."""
+    q, k, v, gate = inputs(rows, heads, kv_heads, dim, F32, gate, keys)
+    scales = [2.0**-6, 2.0**-5, 2.0**-7]
+    q, k, v = (codes_of(x, 1 / scale) for x, scale in zip((q, k, v), scales, strict=True))
+    exact = [x.double() * scale for x, scale in zip((q, k, v), scales, strict=True)]
+    q, k, turned = q.contiguous(), k.contiguous(), ops.transpose_to_codes(v.float(), torch.ones(1, device=DEVICE))
+    return [q, k, turned, gate], torch.tensor([2.0**-11, 2.0**-7], device=DEVICE), [*exact, gate]
+
+
+def check_of_codes(*arguments, rest=FULL, config=CODES[0], **shape):
+    """As near to float64 as the reference, both in float32 sums, whose tiles round their weights apart."""
+    given, scales, exact = of_codes(*arguments, **shape)
+    assert attention.supports(*given, *rest, None, scales) is None
+    out = ATTENTION.outputs(*given, *rest, None, scales)
+    out[0].fill_(torch.nan)
+    attention.run(out, None, *given, *rest, None, scales, config=config)
+    want, near = ATTENTION.reference(*exact, *rest)[0], ATTENTION.reference(*given, *rest, None, scales)[0]
+    if want.numel():
+        one, other = (float((x.double() - want).norm() / want.norm()) for x in (out[0], near))
+        assert one <= 1.2 * other + 2.0**-8 < 0.05
+    return given, scales, out[0]
+
+
+@pytest.mark.parametrize("config", CODES, ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(0, 3), (1, 1), (1, 37), (33, 1), (16, 32), (37, 17), (40, 131)])
+def test_lengths_of_codes(config, rows, keys):
+    check_of_codes(rows, keys=keys, gate=(rows, 4), config=config)
+
+
+@pytest.mark.parametrize("config", CODES, ids=str)
+@pytest.mark.parametrize("window", [0, 1, 11])
+@pytest.mark.parametrize(
+    ("frames", "tokens", "rest"),
+    [(1, 7, 5), (3, 1, 2), (5, 13, 9), (3, 16, 0), (4, 16, 17), (26, 2, 1), (4, 0, 6), (5, 37, 3), (3, 39, 40)],
+)
+def test_windows_of_codes(config, window, frames, tokens, rest):
+    """Tiles of turned values begin at multiples of 16 tokens, wherever frames do."""
+    video = frames * tokens
+    counts = [video, rest // 2, rest - rest // 2]
+    check_of_codes(video + rest, 2, 1, gate=(6,), rest=(3, counts, frames, video, window), config=config)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_heads_of_codes(dim):
+    check_of_codes(130, 5, 1, dim, config=None)
+
+
+def test_codes_of_codes():
+    given, scales, made = check_of_codes(44, 2, 1, rest=(1, [], 5, 35, 1))
+    inverse = torch.tensor([40.0], device=DEVICE)
+    out = ATTENTION.outputs(*given, 1, [], 5, 35, 1, inverse, scales)
+    out[0].view(torch.uint8).fill_(0x7F)
+    attention.run(out, None, *given, 1, [], 5, 35, 1, inverse, scales, config=CODES[0])
+    torch.testing.assert_close(out[0].float() / 40, made.float(), rtol=0.07, atol=1e-3)
+
+
+def test_keys_of_codes_that_dominate_in_the_first_tile_and_in_the_last():
+    (q, k, v, _), scales, _ = of_codes(50, 2, 1)
+    for key in (0, 49):
+        k[:] = 0
+        k[key] = 448
+        out = ATTENTION.outputs(q, k, v, None, *FULL, None, 64 * scales)
+        attention.run(out, None, q.float().abs().to(E4M3), k, v, None, *FULL, None, 64 * scales, config=CODES[0])
+        want = v[0, :, key].float() * 2.0**-1
+        torch.testing.assert_close(out[0].float(), want.expand(out[0].shape), rtol=2.0**-8, atol=0)
+
+
+def test_many_weights_are_summed_in_float32():
+    """Equal ones: the mean of the values, which 14 bits would lose."""
+    (q, k, v, _), scales, (*_, exact, _) = of_codes(2000, 1, 1)
+    q = torch.zeros_like(q)[:16]
+    out = ATTENTION.outputs(q, k, v, None, *FULL, None, scales)
+    attention.run(out, None, q, k, v, None, *FULL, None, scales, config=None)
+    torch.testing.assert_close(out[0], exact.mean(0).expand(out[0].shape).to(torch.bfloat16), rtol=2.0**-7, atol=1e-6)
+
+
+def test_heads_that_are_not_taken_in_eight_bits():
+    given, scales, _ = of_codes(6, dim=48)
+    assert attention.supports(*given, *FULL, None, scales) == "head dimension 48, allowed in eight bits: 32, 64, 128"
