@@ -8,7 +8,7 @@ from torch import fx
 
 from horsepower.graph.explain import block_of
 from horsepower.graph.graph import Graph, args_of, dtype_of, is_view
-from horsepower.graph.passes.quantise import refusal
+from horsepower.graph.passes.quantise import operand, refusal
 from horsepower.graph.provenance import title
 from horsepower.kernels.float8 import E4M3
 
@@ -56,7 +56,7 @@ def _parameter(weight: fx.Node) -> str:
 
 def _input(node: fx.Node, x: fx.Node) -> tuple[str, str]:
     """Where the scales of codes come from, and what makes the codes."""
-    scale = args_of(node)[-2]
+    scale = operand(node, "x_scale")
     while is_view(x):
         x = args_of(x)[0]
     return "static" if scale is None else "by token", title(x)

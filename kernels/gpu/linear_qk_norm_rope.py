@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from horsepower.kernels.gpu.launch import Config, default
+from horsepower.kernels.float8 import E4M3
+from horsepower.kernels.gpu.launch import Config, default, writes_no_codes
 from horsepower.kernels.gpu.tiles import (
     ROWS,
     codes,
@@ -60,6 +61,22 @@ def normed_and_turned(
     return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), (BM, BN))
 
 
+@triton.jit
+def store_heads(
+    out, pitch, rest, rest_pitch, row, end, column, width, does, values, REST: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Write a tile to `out`. Where heads are codes, and the other columns are not, `rest` has a store of its own.
+
+    One of the two writes nothing: a branch would serialise wgmma here too.
+    """
+    if out.dtype == rest.dtype:
+        store(out, pitch, row, end, column, width, values, BM, BN, UNIT)
+    else:
+        store(out, pitch, row, end, column, tl.where(does, width, 0), values, BM, BN, UNIT)
+        store(rest, rest_pitch, row, end, column, tl.where(does, 0, REST), values, BM, BN, UNIT)
+
+
 @triton.jit(do_not_specialize=ROWS)
 def linear_qk_norm_rope_kernel(
     a, b, a_pitch, b_pitch, second, third, L, b_more, x_scale, weight_scale, q, k, rest, q_pitch, k_pitch, rest_pitch,
@@ -79,7 +96,9 @@ def linear_qk_norm_rope_kernel(
         row, end, expert, n = tile_at(tile, COLUMNS, second, third, L, EXPERTS, BM, GROUP)
         before, out, pitch, gain, width, column = 0, q, q_pitch, q_gain, Q, n * WIDTH
         if n >= TO_REST:
-            before, out, pitch, width, column = Q + KEYS, rest, rest_pitch, REST, (n - TO_REST) * WIDTH
+            before, column = Q + KEYS, (n - TO_REST) * WIDTH
+            if q.dtype == rest.dtype:
+                out, pitch, width = rest, rest_pitch, REST
         elif n >= TO_KEYS:
             before, out, pitch, gain, width, column = Q, k, k_pitch, k_gain, KEYS, (n - TO_KEYS) * WIDTH
         b_row, b_end = expert * N + before + column, expert * N + N
@@ -90,11 +109,15 @@ def linear_qk_norm_rope_kernel(
         gain += expert * 128
         acc = scaled(acc, x_scale, weight_scale, row, end, b_row, b_end, BM, BN)
         values = normed_and_turned(acc, n < TO_REST, gain, rope, rope_pitch, row, end, eps, HALF, BM, BN, TMA)
-        store(out, pitch, row, end, column, width, values, BM, BN, UNIT)
+        store_heads(
+            out, pitch, rest, rest_pitch, row, end, column, width, n < TO_REST, values, REST, BM, BN, UNIT
+        )  # fmt: skip
         if MORE:
             more = scaled(more, x_scale, weight_scale, row, end, b_row + BN, b_end, BM, MORE)
             values = normed_and_turned(more, n < TO_REST, gain, rope, rope_pitch, row, end, eps, HALF, BM, MORE, TMA)
-            store(out, pitch, row, end, column + BN, width, values, BM, MORE, UNIT)
+            store_heads(
+                out, pitch, rest, rest_pitch, row, end, column + BN, width, n < TO_REST, values, REST, BM, MORE, UNIT
+            )  # fmt: skip
 
 
 CONFIGS = {
@@ -120,7 +143,7 @@ CLAIMS = product_claims("linear_qk_norm_rope_kernel")
 def supports(
     x: Tensor, weight: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int],
     heads_q: int, heads_kv: int, head_dim: int, eps: float, paired: bool, x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot take these inputs, or None."""
     if not paired:
@@ -134,17 +157,19 @@ def supports(
     half = rope[:, rope.shape[1] // 2 :]
     if not half.shape[1] or not pitched(rope) or not pitched(half) or q_gain.stride(0) != 1 or k_gain.stride(0) != 1:
         return "table or gains cannot be read as they lie"
-    return refuses(x, weight, x_scale, weight_scale)
+    reason = None if dtype is None else writes_no_codes(x, dtype)
+    return reason or refuses(x, weight, x_scale, weight_scale)
 
 
 def run(
     out: tuple[Tensor, ...], _workspace: None, x: Tensor, weight: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor,
     experts: int, counts: Sequence[int], heads_q: int, heads_kv: int, head_dim: int, eps: float, paired: bool,
-    x_scale: Tensor | None = None, weight_scale: Tensor | None = None, config: Config | None = None,
+    x_scale: Tensor | None = None, weight_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+    config: Config | None = None,
 ) -> None:  # fmt: skip
     """Sums, norm and rotation in float32, one cast. Rows of x, weight, rope and the results may be padded."""
     pitches = [each.stride(0) for each in out]
-    unit = gcd(*pitches, 8)
+    unit = gcd(*pitches, 16 // out[0].itemsize)
     config = config or default(CONFIGS, x, weight)
     table = descriptor(rope, config.constants["BM"], HEAD // 2) if config.constants["TMA"] and rope.numel() else rope
     launch_tiles(
@@ -181,3 +206,5 @@ def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
         for form in ("fp8", "w8a16"):
             x, weight, *scales = codes(form, 5120, experts * 7208)
             yield f"5120 x 7208, {experts} experts, {form}", (x, weight, *shape, *scales)
+            if form == "fp8":
+                yield f"5120 x 7208, {experts} experts, {form} into codes", (x, weight, *shape, *scales, E4M3)

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from horsepower.kernels.gpu.launch import Config, default, launch
+from horsepower.kernels.float8 import E4M3
+from horsepower.kernels.gpu.launch import Config, default, launch, writes_no_codes
 from horsepower.kernels.modality import first_rows
 from horsepower.kernels.target import GPUS
 
@@ -70,12 +71,12 @@ def qk_norm_rope_kernel(
 
 
 CONFIGS = {arch: (Config(4, 1, {"HEADS": 8}), Config(4, 1, {"HEADS": 16})) for arch in ("sm_80", "sm_90")}
-CLAIMS = {arch: {"qk_norm_rope_kernel": ("LDG.E.128", "STG.E.128|STG.E.64")} for arch in GPUS}
+CLAIMS = {arch: {"qk_norm_rope_kernel": ("LDG.E.128", "STG.E.128|STG.E.64|F2FP.SATFINITE.E4M3")} for arch in GPUS}
 
 
 def supports(
     qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int, counts: Sequence[int], heads_q: int,
-    heads_kv: int, eps: float, paired: bool,
+    heads_kv: int, eps: float, paired: bool, dtype: torch.dtype | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot take these inputs, or None."""
     tensors = (qkv, q_gain, k_gain, rope)
@@ -83,6 +84,8 @@ def supports(
         return "float64"
     if q_gain.dtype != k_gain.dtype:
         return "the gains differ in dtype"
+    if dtype is not None and (reason := writes_no_codes(qkv, dtype)):
+        return reason
     if any(x.stride(-1) != 1 for x in tensors):
         return "the last dimension is not contiguous"
     return "a head does not fit into registers" if q_gain.shape[0] > experts * 1024 else None
@@ -90,7 +93,8 @@ def supports(
 
 def run(
     out: tuple[Tensor, ...], _workspace: None, qkv: Tensor, q_gain: Tensor, k_gain: Tensor, rope: Tensor, experts: int,
-    counts: Sequence[int], heads_q: int, heads_kv: int, eps: float, paired: bool, config: Config | None = None,
+    counts: Sequence[int], heads_q: int, heads_kv: int, eps: float, paired: bool, dtype: torch.dtype | None = None,
+    config: Config | None = None,
 ) -> None:  # fmt: skip
     """A block of heads a program; sums in float32. Rows of qkv and rope may be strided."""
     config = config or default(CONFIGS, qkv)
@@ -134,3 +138,5 @@ def examples() -> Iterator[tuple[str, tuple[Any, ...]]]:
             gain, rope = torch.empty(experts * 128, device="meta"), torch.empty(4300, 96, device="meta")
             inputs = (qkv, gain, gain, rope, experts, [4000, 100, 200], 40, 8, 1e-6, paired)
             yield f"{experts} experts{', paired' if paired else ''}", inputs
+            if experts == 1:
+                yield f"{experts} experts{', paired' if paired else ''}, into codes", (*inputs, E4M3)

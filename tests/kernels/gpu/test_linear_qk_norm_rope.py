@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiles import F32, codes, config, normal
 
-from gpu import DEVICE, check
+from exactness import check_codes
+from gpu import DEVICE, check, widened
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.gpu import linear_qk_norm_rope
 from horsepower.kernels.linear_qk_norm_rope import LINEAR_QK_NORM_ROPE
 from horsepower.kernels.rope import paired_order
@@ -77,6 +79,23 @@ def test_products_of_codes_and_weights_alone_as_codes(config, heads, experts):
     weight, weight_scale = codes(experts * (sum(heads) * 128 + 130), 40, seed=2)
     x, x_scale = codes(19, 40) if config in FP8 else (x, None)
     check(LINEAR_QK_NORM_ROPE, linear_qk_norm_rope, x, weight, *rest, x_scale, weight_scale, config=config)
+
+
+@pytest.mark.parametrize("config", FP8, ids=str)
+@pytest.mark.parametrize(("heads", "experts"), [((3, 1), 1), ((2, 1), 3)])
+def test_heads_leave_as_codes_and_other_columns_as_they_are(config, heads, experts):
+    x, _, *rest = inputs(19, 40, heads, experts=experts, counts=(5, 3, 11))
+    weight, weight_scale = codes(experts * (sum(heads) * 128 + 130), 40, seed=2)
+    x, x_scale = codes(19, 40)
+    given = (x, weight, rest[0] * 40, rest[1] * 40, *rest[2:], x_scale, weight_scale, E4M3)
+    out = LINEAR_QK_NORM_ROPE.outputs(*given)
+    for each in out:
+        (each.view(torch.uint8) if each.dtype == E4M3 else each).fill_(0x7F if each.dtype == E4M3 else torch.nan)
+    linear_qk_norm_rope.run(out, None, *given, config=config)
+    exact = LINEAR_QK_NORM_ROPE.reference(*widened(LINEAR_QK_NORM_ROPE, *given[:-1]))
+    for one, other in zip(out[:2], exact, strict=False):
+        check_codes(one, other, 1e-4)  # of products whose sums cancel
+    torch.testing.assert_close(out[2], exact[2].to(out[2].dtype), rtol=2.0**-7, atol=1e-3)
 
 
 def test_paired_heads_attend_as_half_split_ones_do():

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from exactness import check_codes
 from gpu import DEVICE, check
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.gpu import qk_norm_rope
 from horsepower.kernels.gpu.launch import Config
 from horsepower.kernels.qk_norm_rope import QK_NORM_ROPE
@@ -77,3 +79,20 @@ def test_what_the_kernel_does_not_take():
         (0, good[0].T.contiguous().T, "the last dimension is not contiguous"),
     ]:
         assert qk_norm_rope.supports(*good[:i], change, *good[i + 1 :]) == reason
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_heads_leave_as_codes(paired, dtype):
+    """What the same gains would give in float32, to the nearest code; some saturate."""
+    arguments = inputs(12, 34, 12, dtype=dtype, experts=3, counts=(5, 3, 4), paired=paired)
+    for gain in arguments[1:3]:
+        gain *= 150
+    out = QK_NORM_ROPE.outputs(*arguments, E4M3)
+    for each in out:
+        each.view(torch.uint8).fill_(0x7F)
+    qk_norm_rope.run(out, None, *arguments, E4M3, config=FEW)
+    exact = QK_NORM_ROPE.reference(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
+    for one, other in zip(out, exact, strict=True):
+        check_codes(one, other)
+        assert (one.float().abs() == 448).any()
