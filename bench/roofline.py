@@ -16,7 +16,7 @@ from torch import fx
 from horsepower.graph.explain import Measured, block_of
 from horsepower.graph.graph import Graph
 from horsepower.graph.provenance import is_size, moves_nothing, title
-from horsepower.kernels.rates import Rates, Unit, unit_of_product
+from horsepower.kernels.rates import Rates, Unit, unit_of_attention, unit_of_product
 
 MATRIX = {"aten.linear", "aten.matmul", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"}
 ATTENTION = {"attention", "windowed_attention", "aten.scaled_dot_product_attention"}
@@ -89,7 +89,7 @@ def _kernel(group: Sequence[fx.Node], found: Measured) -> Kernel:
 def _unit(node: fx.Node) -> Unit:
     name = title(node)
     if name in ATTENTION:
-        return "attention"
+        return unit_of_attention(node.all_input_nodes[0].meta["val"].dtype)
     if name in MATRIX or name.startswith("linear"):
         return unit_of_product(node.all_input_nodes[0].meta["val"].dtype)
     return "vector"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from horsepower.kernels.rates import GPU, OF_TARGET, Unit, unit_of_product
+from horsepower.kernels.rates import GPU, OF_TARGET, Unit, unit_of_attention, unit_of_product
 from horsepower.kernels.registry import Op, parts_of
 from horsepower.kernels.tables import PARTS, Candidate, Point, configs, form_of, measured
 
@@ -106,10 +106,14 @@ def _kernel(op: Op, inputs: Sequence[Any]) -> str:
 def _work(gpu: GPU, op: Op, inputs: Sequence[Any], kernel: str) -> Work:
     """What a kernel does; arithmetic of which Triton reaches a share counts for as much more."""
     cost = op.cost(*inputs)
-    unit: Unit = "attention" if op.name == "attention" else "vector"
+    unit: Unit = "vector"
     if op.name == "linear":
         unit = unit_of_product(inputs[0].dtype)
-    shares: dict[str, float] = {"matrix": gpu.triton, "attention": gpu.triton_attention}
+    elif op.name == "attention":
+        unit = unit_of_attention(inputs[0].dtype)
+    shares: dict[Unit, float] = {
+        "matrix": gpu.triton, "attention": gpu.triton_attention, "attention_fp8": gpu.triton_attention
+    }  # fmt: skip
     return Work(unit, cost.flops / (shares.get(unit, 1) if kernel == "triton" else 1), cost.bytes)
 
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol, get_args
 
 import torch
 
-Unit = Literal["matrix", "fp8", "attention", "vector"]
+Unit = Literal["matrix", "fp8", "attention", "attention_fp8", "vector"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
@@ -33,13 +33,14 @@ class Rates:
     attention: float  # bfloat16
     vector: float  # float32 without matrix units: elementwise work, products of float32
     memory: float
+    attention_fp8: float | None = None
 
     def seconds(self, launch: Launch) -> float:
         return max(launch.flops / self.of(launch.unit), launch.bytes / self.memory)
 
     def of(self, unit: Unit) -> float:
-        rates = {"matrix": self.matrix, "fp8": self.fp8, "attention": self.attention, "vector": self.vector}
-        return rates[unit] or math.nan  # no kernel asks for a unit that its GPU has not
+        rate: float | None = getattr(self, unit)
+        return rate or math.nan  # no kernel asks for a unit that its GPU has not
 
     def bound(self, launch: Launch) -> str:
         """What the launch waits for: its unit, or memory."""
@@ -61,18 +62,23 @@ def unit_of_product(x: torch.dtype) -> Unit:
     return "vector" if x.itemsize > 2 else "matrix" if x.itemsize == 2 else "fp8"
 
 
+def unit_of_attention(q: torch.dtype) -> Unit:
+    """What computes attention of queries of a dtype."""
+    return "attention_fp8" if q.itemsize == 1 else "attention"
+
+
 # peak: NVIDIA H100 datasheet, SXM5, without sparsity. reached: cuBLAS bfloat16 700 to 800 TFLOP/s; FP8 scaled by rows
 # 1083 to 1141 in CUTLASS (FBGEMM pull request 2546), 1190 in Triton, of which that is planned with; cuBLASLt's 1200 to
 # 1500 are of tensors with one scale. FlashAttention 3 at head 128, not causal, long: 640 to 650, of which 620 are
 # planned with; the best RMS norms reach 3.0 TB/s. triton: persistent products with TMA are published at 90 to 95 % of
 # cuBLAS; in FP8 they are what is planned with. The upper end: where the difference decides nothing else, a fused kernel
 # needs less memory and fewer launches. triton_attention: 395 to 477 TFLOP/s are published where FlashAttention 3
-# reaches 640.
+# reaches 640; in eight bits, where that reaches 880 to 1000, of which 880 are planned with, nothing is.
 _H100 = GPU(
     "NVIDIA H100 SXM",
     "sm_90",
-    Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=3.35e12),
-    Rates(matrix=800e12, fp8=1190e12, attention=620e12, vector=66.9e12, memory=3.0e12),
+    Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=3.35e12, attention_fp8=1978.9e12),
+    Rates(matrix=800e12, fp8=1190e12, attention=620e12, vector=66.9e12, memory=3.0e12, attention_fp8=880e12),
     triton=0.95,
     triton_attention=477 / 640,
 )
@@ -81,8 +87,10 @@ _H100 = GPU(
 _H200 = GPU(
     "NVIDIA H200 SXM",
     "sm_90",
-    Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=4.8e12),
-    Rates(matrix=800e12, fp8=1190e12, attention=620e12, vector=66.9e12, memory=4.8e12 * 3.0 / 3.35),
+    Rates(matrix=989.4e12, fp8=1978.9e12, attention=989.4e12, vector=66.9e12, memory=4.8e12, attention_fp8=1978.9e12),
+    Rates(
+        matrix=800e12, fp8=1190e12, attention=620e12, vector=66.9e12, memory=4.8e12 * 3.0 / 3.35, attention_fp8=880e12
+    ),
     triton=0.95,
     triton_attention=477 / 640,
 )

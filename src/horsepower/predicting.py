@@ -17,7 +17,7 @@ from horsepower.graph.capture import capture
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes import run
 from horsepower.kernels.rates import GPU, GPUS, UNITS, Rates
-from horsepower.quant.scheme import FP8, FP8_WEIGHTS, Scheme, scheme_of
+from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_WEIGHTS, Scheme, scheme_of
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import PIPELINES, ModelName
@@ -27,9 +27,9 @@ KERNELS = "The plan's kernels"  # a title
 SECONDS, TEXT = 5, 400  # of the clip that published times are of; tokens of a typical prompt
 LEGEND = (
     "time of a kernel = max(FLOPs / rate of its unit, bytes / bandwidth); a step is the sum of its kernels. Units: "
-    "matrix, fp8, attention, vector (float32 without matrix units). FLOPs: 2 for a multiplication and an addition. "
-    "Bytes: what a kernel reads and writes, each once. floor: at the datasheet's rates. predicted: at the rates that "
-    "the best published kernels reach. Launches, a grid's last wave and caches are not counted."
+    "matrix, fp8, attention, attention_fp8, vector (float32 without matrix units). FLOPs: 2 for a multiplication and "
+    "an addition. Bytes: what a kernel reads and writes, each once. floor: at the datasheet's rates. predicted: at the "
+    "rates that the best published kernels reach. Launches, a grid's last wave and caches are not counted."
 )
 LADDER = (
     "Counted on the graph itself. Chains: connected elementwise calls, norms and copies between two products are one "
@@ -55,7 +55,7 @@ def variant_of(resolution: str) -> ModelName:
 
 
 def graphs_of(
-    model: DiT, target: str, schemes: Sequence[Scheme] = (FP8_WEIGHTS, FP8)
+    model: DiT, target: str, schemes: Sequence[Scheme] = (FP8_WEIGHTS, FP8, FP8_ATTENTION)
 ) -> tuple[Graph, Graph, dict[str, Graph]]:
     """A step of a model on the meta device: captured; with each fused operator as its parts; as the target runs it.
 
@@ -124,6 +124,7 @@ def _rates(gpu: GPU) -> Table:
             ("matrix, bfloat16, TFLOP/s", "matrix"),
             ("matrix, FP8, TFLOP/s", "fp8"),
             ("attention, bfloat16, TFLOP/s", "attention"),
+            ("attention, FP8, TFLOP/s", "attention_fp8"),
             ("vector, float32, TFLOP/s", "vector"),
             ("memory, TB/s", "memory"),
         )
