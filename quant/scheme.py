@@ -28,6 +28,7 @@ class Scheme:
     weights: Literal["channel", "tensor"] = "channel"  # what shares a scale: an output of a layer, or the layer
     # The same of inputs, a token or all of them, so that the product is of eight bits; None leaves them as they are.
     inputs: Literal["token", "tensor"] | None = None
+    attention: bool = False  # whether queries, keys, values and the weights of these are of eight bits too
     keep: tuple[str, ...] = ()  # patterns (`block.layers.0.*`) of layers that stay as they are
     largest: tuple[tuple[str, float], ...] = ()  # layer, largest input when it was calibrated, for scales of all tokens
     recipe: Literal["current", "block", "delayed"] | None = None  # Transformer Engine's, in the place of a plan
@@ -36,6 +37,8 @@ class Scheme:
         for name, allowed in FIELDS.items():
             if (given := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}: got {given!r}, allowed: {', '.join(map(str, allowed))}")
+        if type(self.attention) is not bool or (self.attention and self.inputs is None):
+            raise ValueError(f"attention: got {self.attention!r}, allowed: False, or True with inputs of eight bits")
         for name, values in (("targets", self.targets), ("keep", self.keep), ("largest", self.largest)):
             if not isinstance(values, tuple):
                 raise ValueError(f"{name}: got {values!r}, allowed: a tuple")
@@ -78,6 +81,9 @@ FP8 = Scheme(
     targets=("sm_90",),
     inputs="token",
 )
+FP8_ATTENTION = replace(
+    FP8, name="fp8-attention", says="fp8, and e4m3 queries, keys, values and weights of these", attention=True
+)
 FP8_TENSOR = Scheme(
     "fp8-tensor",
     "e4m3 weights and inputs with a scale a tensor, calibrated and frozen; the library's products",
@@ -95,8 +101,9 @@ TE = Scheme(
 TE_BLOCK = replace(
     TE, name="te-block", says="Transformer Engine's linear layers, a scale a block of 128", recipe="block"
 )
-SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK)}
-BY_CHANNEL = {scheme.name: scheme for scheme in (FP8, FP8_WEIGHTS)}  # whose weights are the same codes and scales
+SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK)}
+# Whose weights are the same codes and scales.
+BY_CHANNEL = {scheme.name: scheme for scheme in (FP8, FP8_ATTENTION, FP8_WEIGHTS)}
 
 
 def scheme_of(given: "str | Scheme | None") -> Scheme | None:

@@ -18,6 +18,7 @@ from horsepower.graph.passes.pad_mlp import pad_mlp
 from horsepower.graph.passes.pad_qkv import pad_qkv
 from horsepower.graph.passes.pair_rope import pair_rope
 from horsepower.graph.passes.quantise import quantise
+from horsepower.graph.passes.quantise_attention import quantise_attention
 from horsepower.graph.passes.quantise_in_producer import quantise_in_producer
 from horsepower.graph.passes.raise_activation import raise_activation
 from horsepower.graph.passes.raise_attention import raise_attention
@@ -51,6 +52,7 @@ PASSES: tuple[Pass, ...] = (
     pad_qkv,
     quantise,
     quantise_in_producer,
+    quantise_attention,
     lower,
 )
 

@@ -82,7 +82,7 @@ def _fuse(graph: Graph, node: fx.Node, root: fx.Node, views: list[fx.Node]) -> s
     elif producer.target is ATTENTION:
         if producer.meta["val"].ndim == 4:
             return "attention over a batch has no kernel that quantises"
-        values = _values(args[2])
+        values = values_of(args[2])
         if values is None:
             return "what attention reads as values is not known to be bounded"
         with graph.nodes.inserting_before(producer):
@@ -117,7 +117,7 @@ def _statically(graph: Graph, node: fx.Node, new: fx.Node, views: list[fx.Node],
     graph.supplant(items[0], new)
 
 
-def _values(v: fx.Node) -> tuple[Any, ...] | None:
+def values_of(v: fx.Node) -> tuple[Any, ...] | None:
     """As `value_bound` takes them: weight, its scale, the norm's gain, experts, and which of its rows make v.
 
     None if v are not columns of a projection of normed rows.
@@ -139,6 +139,8 @@ def _values(v: fx.Node) -> tuple[Any, ...] | None:
     first += (operand(linear, "heads_q") + operand(linear, "heads_kv")) * operand(linear, "head_dim")
     if rows.target is operator.getitem and args_of(rows)[0].target is QUANTISE:
         rows = args_of(args_of(rows)[0])[0]
+    elif rows.target is ops.to_codes.default:
+        rows = args_of(rows)[0]
     norm, result = args_of(rows) if rows.target is operator.getitem else (rows, 0)
     if NORMED.get(norm.target) != result:
         return None

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from horsepower.quant.scheme import FP8, FP8_TENSOR, scheme_of
+from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS, scheme_of
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ from horsepower.quant.scheme import FP8, FP8_TENSOR, scheme_of
     [
         ("weights", "row", "channel, tensor"),
         ("inputs", "tokens", "token, tensor, None"),
+        ("attention", "yes", "False, or True with inputs of eight bits"),
         ("recipe", "delay", "current, block, delayed, None"),
         ("targets", "sm_90", "a tuple"),
         ("targets", ("gpu",), "cpu, sm_80, sm_90"),
@@ -24,6 +25,11 @@ from horsepower.quant.scheme import FP8, FP8_TENSOR, scheme_of
 def test_fields_that_say_nothing(field, value, allowed):
     with pytest.raises(ValueError, match=f"{field}: got .*, allowed: {allowed}"):
         replace(FP8, **{field: value})
+
+
+def test_attention_of_eight_bits_over_inputs_of_sixteen():
+    with pytest.raises(ValueError, match="attention: got True, allowed: False, or True with inputs of eight bits"):
+        replace(FP8_WEIGHTS, attention=True)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e300, 1e-45, "3", None])
@@ -43,5 +49,5 @@ def test_one_pattern_is_no_list():
 
 @pytest.mark.parametrize("given", [8, ["fp8"], "FP8"])
 def test_what_is_no_name(given):
-    with pytest.raises(ValueError, match="scheme: got .*, allowed: fp8, fp8-tensor, fp8-weights, te, te-block"):
+    with pytest.raises(ValueError, match="scheme: got .*, allowed: fp8, fp8-attention, fp8-tensor"):
         scheme_of(given)

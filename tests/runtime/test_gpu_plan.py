@@ -61,7 +61,10 @@ def test_a_step_of_a_model(name, calls):
 IN_CODES = {**LAYERS, "rms_norm_quantise": 1, "rms_norm": 2, "linear": 1, "linear_add_rms_norm_quantise": 5}
 
 
-@pytest.mark.parametrize(("scheme", "ran"), [("fp8", IN_CODES), ("fp8-weights", EXPECTED)])
+OF_CODES = {**IN_CODES, "transpose_to_codes": 3}
+
+
+@pytest.mark.parametrize(("scheme", "ran"), [("fp8", IN_CODES), ("fp8-attention", OF_CODES), ("fp8-weights", EXPECTED)])
 def test_a_step_in_eight_bits(scheme, ran, calls, monkeypatch):
     """A kernel at each site, and as near to float64 as the same plan by plain operators."""
     config = replace(TINY, hidden_size=256, head_dim=128, num_query_groups=1)

@@ -283,5 +283,5 @@ def test_schemes_by_name():
     assert scheme_of(own) is own
     assert FP8_WEIGHTS.keeping(["a.*"]).keeps("a.b") == "a.*"
     assert FP8_WEIGHTS.keeps("a.b") is None
-    with pytest.raises(ValueError, match="scheme: got 'fp4', allowed: fp8, fp8-tensor, fp8-weights, te, te-block"):
+    with pytest.raises(ValueError, match="scheme: got 'fp4', allowed: fp8, fp8-attention, fp8-tensor, fp8-weights"):
         scheme_of("fp4")

@@ -1,0 +1,83 @@
+"""Attention in eight bits: by itself a switch, off in every other scheme, and refused where a bound is not known."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from horsepower.graph.passes import PASSES
+from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_TENSOR, SCHEMES
+from horsepower.runtime.compiled import compile
+from horsepower.runtime.models.dit import DiT
+from models import DYNAMIC, TINY, VARIANTS, random_inputs, random_model
+from recordings import relative_error
+
+WHOLE = [each for each in PASSES if each.__name__ != "lower"]
+CONFIG = replace(TINY, hidden_size=128, head_dim=32)
+LARGEST = 64.0
+
+
+def run(model, scheme, target="sm_90", **how):
+    example = (*random_inputs(model.config, 3, 2, 5, 4), 3)
+    return compile(model, example, dynamic_shapes=DYNAMIC, target=target, scheme=scheme, only=WHOLE, cache=False, **how)
+
+
+def names(plan):
+    return Counter(call.target.removeprefix("horsepower.").removesuffix(".default") for call in plan.calls)
+
+
+def reasons(plan):
+    return Counter(site.refused for site in plan.sites if site.rewrite == "quantise_attention")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_attention_of_the_model(name):
+    """Bounds, scales and gains are found when the plan is loaded; a step turns the values, and that is all."""
+    model = random_model(replace(CONFIG, **VARIANTS[name]))
+    plain, plan = (run(model, scheme).plan for scheme in (FP8, FP8_ATTENTION))
+    layers = CONFIG.num_layers
+    assert reasons(plan) == {None: layers}
+    more = names(plan) - names(plain)
+    assert {each: n for each, n in more.items() if not each.startswith("_operator")} == {"transpose_to_codes": layers}
+    loads = Counter(call.target for call in plan.loads) - Counter(call.target for call in plain.loads)
+    assert loads["horsepower.head_bound.default"] == 2 * layers
+    assert loads["horsepower.value_bound.default"] == layers
+
+
+@pytest.mark.parametrize("name", ["default", "windowed"])
+def test_a_step_is_as_far_from_float64_as_its_codes_are(name):
+    config = replace(CONFIG, **VARIANTS[name])
+    model = random_model(config)
+    exact = DiT(replace(config, params_dtype=torch.float64), torch.float64)
+    exact.load_state_dict(model.state_dict())
+    lengths = random_inputs(config, 3, 3, 2, 5)
+    with torch.no_grad():
+        want = exact(*(x.double() for x in lengths), 3)
+        some, all_ = (run(model, scheme)(*lengths, 3) for scheme in (FP8, FP8_ATTENTION))
+    for one, other, true in zip(all_, some, want, strict=True):
+        assert not torch.equal(one, other)
+        assert relative_error(one, true) < 1.25 * relative_error(other, true) < 0.5
+
+
+def test_other_schemes_leave_it_as_it_is():
+    model = random_model(CONFIG)
+    for scheme in (None, *(each for each in SCHEMES.values() if each.inputs == "token" and not each.attention)):
+        assert not reasons(run(model, scheme).plan)
+
+
+def test_the_switch_composes_with_scales_a_tensor():
+    layers = [f"block.layers.{n}.attention.linear_{what}" for n in range(CONFIG.num_layers) for what in ("qkv", "proj")]
+    scheme = replace(FP8_TENSOR, attention=True).calibrated(dict.fromkeys(layers, LARGEST))
+    plan = run(random_model(CONFIG), scheme).plan
+    assert reasons(plan)[None] == CONFIG.num_layers
+
+
+def test_attention_of_layers_that_are_kept_stays():
+    plan = run(random_model(CONFIG), FP8_ATTENTION.keeping(["block.layers.1.*"])).plan
+    assert reasons(plan) == {None: CONFIG.num_layers - 1, "its projection stays as it is": 1}
+
+
+def test_heads_that_no_kernel_takes():
+    config = replace(TINY, hidden_size=4 * 48, head_dim=48)
+    assert reasons(run(random_model(config), FP8_ATTENTION).plan) == {"heads of 48 have no kernel of eight bits": 3}
