@@ -1,4 +1,7 @@
-"""What each linear layer of a compiled graph is computed in: read off its calls, not off what was asked for."""
+"""What each linear layer of a compiled graph is computed in: read off its calls, not off what was asked for.
+
+So is attention, where a scheme has it in eight bits.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from horsepower.kernels.float8 import E4M3
 
 @dataclass(frozen=True)
 class Format:
-    """One linear layer."""
+    """One linear layer, or attention, which has no weight."""
 
     layer: str  # its path in the model, without the block: mlp.down_proj
     block: str  # block.layers.4, or ""
@@ -28,12 +31,15 @@ class Format:
 
 
 def formats(graph: Graph) -> tuple[Format, ...]:
-    """Of all products with a parameter, in the order of the graph."""
+    """Of all products with a parameter, in the order of the graph; and of attention if the scheme speaks of it."""
     return tuple(_formats(graph))
 
 
 def _formats(graph: Graph) -> Iterator[Format]:
+    refused = {site.module: site.refused for site in graph.sites if site.rewrite == "quantise_attention"}
     for node in graph.nodes.nodes:
+        if node.op == "call_function" and title(node) == "attention" and refused:
+            yield _attention(node, refused[node.meta["module"]] or "")
         if node.op != "call_function" or not title(node).split(".")[-1].startswith("linear"):
             continue
         x, weight = args_of(node)[:2]
@@ -48,6 +54,15 @@ def _formats(graph: Graph) -> Iterator[Format]:
         yield Format(layer[len(block) :].lstrip("."), block, title(node), *names, scales, quantiser, kept)
 
 
+def _attention(node: fx.Node, refused: str) -> Format:
+    q, _, v = args_of(node)[:3]
+    module = str(node.meta["module"])
+    block = block_of(module)
+    made = "" if refused else f"{_source(q)}, {_source(v)}"
+    scales = "" if refused else "static"
+    return Format(module[len(block) :].lstrip("."), block, title(node), "", _name(dtype_of(q)), scales, made, refused)
+
+
 def _parameter(weight: fx.Node) -> str:
     while weight.op == "call_function" and weight.all_input_nodes:
         weight = weight.all_input_nodes[0]
@@ -57,9 +72,14 @@ def _parameter(weight: fx.Node) -> str:
 def _input(node: fx.Node, x: fx.Node) -> tuple[str, str]:
     """Where the scales of codes come from, and what makes the codes."""
     scale = operand(node, "x_scale")
+    return "static" if scale is None else "by token", _source(x)
+
+
+def _source(x: fx.Node) -> str:
+    """What makes a value."""
     while is_view(x):
         x = args_of(x)[0]
-    return "static" if scale is None else "by token", title(x)
+    return title(x)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -145,7 +145,7 @@ def _formats(compiled: Graph) -> Table:
         (each.layer, blocks_of(blocks), len(blocks), each.weight, each.input, each.scales, each.quantiser, each.kept)
         for each, blocks in found.items()
     )
-    columns = ("linear layer", "blocks", "sites", "weight", "input", "its scales", "quantised by", "")
+    columns = ("layer", "blocks", "sites", "weight", "input", "its scales", "quantised by", "")
     note = "Scales of weights are by output channel. Static ones lie in those of the weight: they cost nothing."
     return Table("Formats", columns, rows, note)
 

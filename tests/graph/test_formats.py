@@ -6,7 +6,7 @@ from horsepower.graph import passes
 from horsepower.graph.capture import capture
 from horsepower.graph.formats import formats
 from horsepower.graph.passes import PASSES
-from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS
+from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from models import TINY, random_model
 
@@ -36,6 +36,18 @@ def test_inputs_are_quantised_by_what_makes_them():
         ("e4m3", "e4m3", "static", "linear_activation"),
     ]
     assert each["mlp.up_gate_proj"].kept == "kept: *.1.mlp.up_gate_proj"
+
+
+def test_attention_is_spoken_of_where_the_scheme_has_it_in_eight_bits():
+    assert "attention" not in of_block(found(FP8))
+    for only in (WHOLE, PASSES):
+        each = found(FP8_ATTENTION.keeping(["block.layers.0.*"]), only=only)
+        one, kept = (of_block(each, block)["attention"] for block in (1, 0))
+        maker = "linear_qk_norm_rope" if only is WHOLE else "qk_norm_rope"  # heads of 32 are not for the fused kernel
+        assert (one.call, one.weight, one.input, one.scales) == ("attention", "", "e4m3", "static")
+        assert (one.quantiser, one.kept) == (f"{maker}, transpose_to_codes", "")
+        assert (kept.input, kept.scales, kept.quantiser) == ("bfloat16", "", "")
+        assert kept.kept == "its projection stays as it is"
 
 
 def test_what_the_cpu_computes_is_read_off_the_lowered_graph():
