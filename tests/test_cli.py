@@ -11,7 +11,7 @@ import av
 import pytest
 import torch
 
-from horsepower import cli, doctor
+from horsepower import cli, commands, doctor, terminal
 from horsepower.bench import step as preset_step
 from horsepower.kernels.registry import OPS, Kernel
 from horsepower.runtime.models.dit import DiT
@@ -229,7 +229,7 @@ def test_progress_is_one_line_a_stage(capsys):
     from horsepower import Progress
 
     for step in range(3):
-        cli._show(Progress("base", step, 2))
+        terminal.show(Progress("base", step, 2))
     shown = capsys.readouterr().err
     assert shown.count("\r") == 3
     assert shown.count("\n") == 1
@@ -359,7 +359,7 @@ def test_memory_is_stated_phase_by_phase(capsys, tmp_path, monkeypatch):
     ("text", "size"), [("40GB", 40 * 10**9), ("37.5GiB", 75 * 2**29), ("7MB", 7_000_000), ("12", 12), (None, None)]
 )
 def test_sizes_with_units(text, size):
-    assert cli._size(text) == size
+    assert commands._size(text) == size
 
 
 def test_tune_without_a_gpu_says_what_it_would_measure_and_that_it_did_not(capsys, tmp_path, monkeypatch):
