@@ -65,7 +65,7 @@ def _open(device: torch.device) -> tuple[Any, Any, str]:
         return None, None, f"NVML says: {error}"
     try:
         if device.type != "cuda":
-            raise LookupError("the step runs on the CPU")
+            raise LookupError("this runs on the CPU")
         uuid = torch.cuda.get_device_properties(device).uuid  # NVML counts GPUs that the process does not see, too
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), ""
     except (LookupError, pynvml.NVMLError) as error:

@@ -1,5 +1,6 @@
 """`compile(module, example_inputs)`: a module in, the same function as one fused plan out."""
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -44,9 +45,11 @@ class Compiled:
         self._snapshot.check()
         return self._run(*args, **kwargs)
 
-    def watched(self, around: Around) -> Executor:
-        """As `Executor.watched`: a twin for profiles, which does not check that the module is as it was."""
-        return self._run.watched(around)
+    def watched(self, around: Around) -> "Compiled":
+        """As `Executor.watched`: a twin for profiles."""
+        twin = copy.copy(self)
+        twin._run = self._run.watched(around)
+        return twin
 
     @property
     def arena_bytes(self) -> int:

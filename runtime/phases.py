@@ -12,7 +12,9 @@ from horsepower.runtime.request import Request
 from horsepower.runtime.tokens import FPS, Grid
 from horsepower.runtime.turns import Part, Phase
 
+BASE = "base"
 SUPER_RESOLUTION = Stage("super-resolution", 5, "unipc", coords="v1")
+DENOISING = (BASE, SUPER_RESOLUTION.name)  # the phases whose steps are passes of a DiT
 TEXT, IMAGE, VIDEO, AUDIO = "text encoder", "image encoder", "video decoder", "audio codec"
 
 # What a DiT takes for a stage of this size, of so many passes a step.
@@ -55,9 +57,9 @@ def base_stage(request: Request, model: ModelName) -> Stage:
         for name in ("guidance", "sampler", *(() if guided_later else ("negative_prompt",))):
             if (value := getattr(request, name)) is not None:
                 raise ValueError(f"{name}: got {value!r}, allowed: None with the distilled model")
-        return Stage("base", request.num_inference_steps or 8, "distilled")
+        return Stage(BASE, request.num_inference_steps or 8, "distilled")
     guidance = BaseGuidance() if request.guidance is None else BaseGuidance(request.guidance, request.guidance)
-    return Stage("base", request.num_inference_steps or 32, request.sampler or "unipc", guidance)
+    return Stage(BASE, request.num_inference_steps or 32, request.sampler or "unipc", guidance)
 
 
 def super_resolution_stage(request: Request) -> Stage:

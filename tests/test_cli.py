@@ -103,6 +103,12 @@ def test_quiet_says_nothing(tmp_path):
         (("profile", "--device", "tpu"), "device"),
         (("profile", "--variant", "huge", "--device", "cpu"), "variant"),
         (("profile", "--once", "--device", "cpu"), "once"),
+        (("profile", "--steps", "3"), "steps"),
+        (("profile", "x", "--rounds", "3"), "rounds"),
+        (("profile", "x", "--duration", "0"), "duration"),
+        (("profile", "x", "--model", "/nowhere"), "folder"),
+        (("profile", "x", "--trace", "trace.txt"), "trace"),
+        (("profile", "x", "--once", "--device", "cpu"), "once"),
         (("tune", "--resolution", "8k"), "resolution"),
         (("tune", "--op", "fft"), "op"),
         (("tune", "--arch", "sm_70"), "arch"),
@@ -321,6 +327,40 @@ def test_profile_says_where_a_step_spends_its_time(small, capsys, tmp_path, monk
     ranges = {event.get("name") for event in json.loads(Path("trace.json").read_text())["traceEvents"]}
     assert {row["entry"] for row in tables["The slowest entries"]} <= ranges
     assert Path("report.html").read_text().count("<svg") == 2
+
+
+def test_profile_of_a_clip_says_what_each_phase_takes(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = ("--resolution", "64x32", "--duration", "0.6", "--steps", "2", "--device", "cpu")
+    assert cli.main(("profile", "A horse galloping", *clip, "--trace", "trace.json", *FILES)) == 0
+    said = capsys.readouterr().out
+    assert "profile of a clip of 0.6 s at 64x32" in said
+    assert "No telemetry of a GPU: " in said
+    assert "horsepower profile 'A horse galloping' --once --resolution 64x32" in said
+    tables = {table["title"]: table["rows"] for table in json.loads(Path("report.json").read_text())["tables"]}
+    phases = tables["Phases"]
+    assert [row["phase"] for row in phases] == ["text", "base", "video", "audio", "mux", "(between them)"]
+    assert [row["steps"] for row in phases] == [1, 2, 1, 1, 1, None]
+    assert sum(row["% of the clip"] for row in phases) == pytest.approx(100)
+    assert all(row["seconds"] > 0 and row["seconds with ranges"] > 0 for row in phases)
+    kinds = tables["By kind of entry, base"]
+    base = 1e3 * phases[1]["seconds with ranges"]
+    assert 0 < sum(row["ms in 2 steps"] for row in kinds) <= base
+    assert {row["entry"]: row["calls"] for row in kinds}["attention"] == 40
+    events = [event for event in json.loads(Path("trace.json").read_text())["traceEvents"] if "dur" in event]
+    clip, base = (next(event for event in events if event["name"] == name) for name in ("clip", "phase base"))
+    phases = [event for event in events if event["name"].startswith("phase ")]
+    assert {event["name"] for event in phases} >= {"phase text", "phase video", "phase audio", "phase mux"}
+    assert all(_holds(clip, event) for event in phases)
+    steps = [event for event in events if event["name"] == "denoising step"]
+    entries = [event for event in events if event["name"] == tables["The slowest entries, base"][0]["entry"]]
+    assert (len(steps), len(entries)) == (2, 2)
+    assert all(_holds(base, step) and _holds(step, entry) for step, entry in zip(steps, entries, strict=True))
+    assert Path("report.html").read_text().count("<svg") == 3
+
+
+def _holds(outer, inner):
+    return outer["ts"] <= inner["ts"] and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
 
 
 def test_roofline_says_what_a_step_must_take_and_that_nothing_was_measured(capsys, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     _explain(add("explain", help="say what is fused, what is not and why, and what it saves"))
     _kernels(add("kernels", help="compile the GPU kernels, read their machine code; needs no GPU"))
     _tune(add("tune", help="measure every way to compute the released model's parts on this GPU"))
-    _profile(add("profile", help="say where a step spends its time, entry by entry of its plan"))
+    _profile(add("profile", help="say where a step or a clip spends its time, entry by entry of its plans"))
     _roofline(add("roofline", help="say what a step of the released model must take on a GPU"))
     _memory(add("memory", help="say what a clip of the released model takes on a GPU, and when"))
     doctor = add("doctor", help="say what this machine has, what it lacks, and what that means")
@@ -141,11 +141,18 @@ def _tune(parser: argparse.ArgumentParser) -> None:
 
 
 def _profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="make a whole clip of it, and profile that in the place of a step")
     _add_step(parser)
     parser.add_argument("--device", help=DEVICE)
     parser.add_argument("--rounds", type=int, metavar="N", help="profiled steps (default: 7)")
     parser.add_argument("--trace", metavar="FILE", help="write them for ui.perfetto.dev or chrome://tracing")
-    parser.add_argument("--once", action="store_true", help="run one step, for ncu and nsys, and report nothing")
+    parser.add_argument("--once", action="store_true", help="run one step or clip, for ncu and nsys, without a report")
+    clip = parser.add_argument_group("of a clip")
+    clip.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints (default: the preset)")
+    clip.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8, te (Hopper), fp8-weights")
+    clip.add_argument("--resolution", metavar="R", help="256p, 540p, 1080p or WIDTHxHEIGHT (default: 256p)")
+    clip.add_argument("--duration", type=float, metavar="S", help="seconds (default: 5)")
+    clip.add_argument("--steps", type=int, metavar="N", help="of the base stage (default: 8, base model 32)")
     parser.set_defaults(command=commands.profile)
 
 
@@ -187,10 +194,8 @@ def _add_clip(parser: argparse.ArgumentParser) -> None:
 def _add_step(parser: argparse.ArgumentParser, presets: tuple[str, ...] = ("foal",)) -> None:
     parser.add_argument("--preset", default="foal", choices=presets, help="model family (default: %(default)s)")
     parser.add_argument("--variant", default="distill", metavar="NAME", help="of its models (default: %(default)s)")
-    parser.add_argument(
-        "--tokens", default="446,26,40", metavar="V,A,T", help="of video, audio and text (default: %(default)s)"
-    )
-    parser.add_argument("--frames", type=int, default=1, metavar="N", help="latent frames (default: %(default)s)")
+    parser.add_argument("--tokens", metavar="V,A,T", help="of video, audio and text (default: 446,26,40)")
+    parser.add_argument("--frames", type=int, metavar="N", help="latent frames (default: 1)")
     _add_files(parser)
 
 

@@ -2,8 +2,16 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from horsepower.terminal import check_files, publish, say, show, summarise
+
+if TYPE_CHECKING:
+    from horsepower.bench.step import Tokens
+
+TOKENS = "446,26,40"
+CLIP = ("model", "scheme", "resolution", "duration", "steps")  # options of a clip to profile
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -57,10 +65,11 @@ def bench(arguments: argparse.Namespace) -> int:
     from horsepower.bench.step import Tokens
 
     check_files(arguments)
-    given = {name: getattr(arguments, name) for name in ("window", "hidden", "layers", "rounds", "processes")}
-    given["tokens"] = tuple(Tokens.parse(each, arguments.frames) for each in arguments.tokens or ("446,26,40",))
-    given["skip"] = tuple(arguments.skip) if arguments.skip else None
-    options = Options(**{**(QUICK if arguments.quick else {}), **{k: v for k, v in given.items() if v is not None}})
+    given = _given(arguments, ("window", "hidden", "layers", "rounds", "processes"))
+    given["tokens"] = tuple(Tokens.parse(each, arguments.frames) for each in arguments.tokens or (TOKENS,))
+    if arguments.skip:
+        given["skip"] = tuple(arguments.skip)
+    options = Options(**{**(QUICK if arguments.quick else {}), **given})
     report = climb(options, say)
     publish(arguments, report, report)
     return 0
@@ -72,9 +81,7 @@ def _bench_full(arguments: argparse.Namespace) -> int:
     from horsepower.measuring import measure_full
 
     check_files(arguments)
-    for name in ("window", "hidden", "layers", "processes"):
-        if getattr(arguments, name) is not None:
-            raise ValueError(f"{name}: got {getattr(arguments, name)}, allowed: none with a resolution")
+    _refuse(arguments, ("window", "hidden", "layers", "processes"), "with a resolution")
     if len(arguments.tokens or ()) > 1:
         raise ValueError(f"tokens: got {len(arguments.tokens)} lengths, allowed: one with a resolution")
     tokens = Tokens.parse(arguments.tokens[0], arguments.frames) if arguments.tokens else None
@@ -91,11 +98,13 @@ def quantize(arguments: argparse.Namespace) -> int:
     from horsepower.quantizing import Options, quantise, read_prompts
 
     check_files(arguments)
-    given = {name: getattr(arguments, name) for name in ("scheme", "budget", "latent_budget")}
+    given = _given(arguments, ("scheme", "budget", "latent_budget"))
     given["variants"] = tuple(arguments.variant)
-    given["prompts"] = None if arguments.calibrate is None else read_prompts(arguments.calibrate)
-    given["output"] = None if arguments.output is None else Path(arguments.output)
-    options = Options(**{name: value for name, value in given.items() if value is not None})
+    if arguments.calibrate is not None:
+        given["prompts"] = read_prompts(arguments.calibrate)
+    if arguments.output is not None:
+        given["output"] = Path(arguments.output)
+    options = Options(**given)
     preset = None if arguments.model else arguments.preset
     holds, brief, full = quantise(preset, arguments.model, options, _device(arguments), say)
     publish(arguments, brief, full)
@@ -103,23 +112,20 @@ def quantize(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from horsepower.bench.step import Tokens
     from horsepower.verifying import verify_preset
 
     check_files(arguments)
-    tokens = Tokens.parse(arguments.tokens, arguments.frames)
-    checks, brief, full = verify_preset(arguments.variant, tokens, _device(arguments))
+    checks, brief, full = verify_preset(arguments.variant, _tokens(arguments), _device(arguments))
     publish(arguments, brief, full)
     return 0 if all(check.passed for check in checks) else 1
 
 
 def explain(arguments: argparse.Namespace) -> int:
-    from horsepower.bench.step import Tokens
     from horsepower.explaining import explain_preset
 
     check_files(arguments)
-    tokens = Tokens.parse(arguments.tokens, arguments.frames)
-    report = explain_preset(arguments.preset, arguments.variant, tokens, arguments.target, arguments.scheme)
+    where = (_tokens(arguments), arguments.target, arguments.scheme)
+    report = explain_preset(arguments.preset, arguments.variant, *where)
     publish(arguments, report, report)
     return 0
 
@@ -143,16 +149,36 @@ def tune(arguments: argparse.Namespace) -> int:
 
 
 def profile(arguments: argparse.Namespace) -> int:
+    if arguments.prompt is not None:
+        return _profile_clip(arguments)
     from horsepower.bench.profile import Options, profile, run_once
-    from horsepower.bench.step import Tokens
 
+    _refuse(arguments, CLIP, "without a prompt")
     check_files(arguments)
-    given = {name: getattr(arguments, name) for name in ("rounds", "trace") if getattr(arguments, name) is not None}
-    options = Options(Tokens.parse(arguments.tokens, arguments.frames), arguments.variant, _device(arguments), **given)
+    given = _given(arguments, ("rounds", "trace"))
+    options = Options(_tokens(arguments), arguments.variant, _device(arguments), **given)
     if arguments.once:
         print(run_once(options))
         return 0
     report = profile(options)
+    publish(arguments, report, report)
+    return 0
+
+
+def _profile_clip(arguments: argparse.Namespace) -> int:
+    from horsepower.bench.profile_clip import ClipOptions, profile_clip, run_clip_once
+
+    _refuse(arguments, ("tokens", "frames", "rounds"), "with a prompt")
+    check_files(arguments)
+    given = _given(arguments, ("duration", "steps", "scheme", "trace"))
+    if arguments.resolution is not None:
+        given["resolution"] = _resolution(arguments.resolution)
+    where = (arguments.model or arguments.preset, arguments.variant, _device(arguments))
+    options = ClipOptions(arguments.prompt, *where, **given)
+    if arguments.once:
+        print(run_clip_once(options))
+        return 0
+    report = profile_clip(options)
     publish(arguments, report, report)
     return 0
 
@@ -194,6 +220,26 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     print(report())
     return 0
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The options among these that were given."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Raise ValueError for the first of these options that was given."""
+    for name, value in _given(arguments, names).items():
+        raise ValueError(f"{name}: got {value} {why}, allowed: none")
+
+
+def _tokens(arguments: argparse.Namespace) -> "Tokens":
+    """Of a step. Raises ValueError."""
+    from horsepower.bench.step import Tokens
+
+    return Tokens.parse(
+        TOKENS if arguments.tokens is None else arguments.tokens, 1 if arguments.frames is None else arguments.frames
+    )
 
 
 def _device(arguments: argparse.Namespace) -> str:

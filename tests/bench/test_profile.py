@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._C._autograd import DeviceType
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 
 from horsepower.bench import profile
-from horsepower.bench.profile import STEP, Options, Place, block_of, gather, kind_of, places, range_name, ranged
+from horsepower.bench.profile import Options
+from horsepower.bench.profile_report import commands
+from horsepower.bench.ranges import STEP, Place, block_of, gather, kind_of, places, range_name, ranged, traced
 from horsepower.bench.step import Tokens
 from horsepower.bench.telemetry import QUANTITIES, Telemetry
 from horsepower.kernels.registry import Cost
@@ -44,11 +46,13 @@ def test_every_entry_is_counted_once_and_times_add_up():
     watched = compiled.watched(around)
     watched(*inputs)
     ran.clear()
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as trace:
+
+    def steps():
         for _ in range(3):
             with record_function(STEP):
                 watched(*inputs)
-    found = gather(trace.events(), places(compiled.plan, inputs), (1.0, 2.0, 3.0), on_gpu=False)
+
+    found = gather(traced(steps, torch.device("cpu"), None), places(compiled.plan, inputs), on_gpu=False)
     assert sum(entry.calls for entry in found.entries) * 3 == len(ran)
     assert {entry.name for entry in found.entries} == {range_name(call) for call in ran}
     attention = [entry for entry in found.entries if entry.place.kind == "attention"]
@@ -72,7 +76,7 @@ def test_on_a_gpu_the_time_of_kernels_counts_and_their_own_ranges_do_not():
         event(STEP, 200, 110, 70), event("a x", 201, 5, 40), event("a x", 220, 5, 25), event("aten::mm", 221, 3, 25),
     ]  # fmt: skip
     place = Place("x", "a", Cost(6, 4))
-    found = gather(events, {"a x": place, "b y": Place("y", "b", Cost(1, 1))}, (1.0,), on_gpu=True)
+    found = gather(events, {"a x": place, "b y": Place("y", "b", Cost(1, 1))}, on_gpu=True)
     (entry,) = found.entries
     assert (entry.place, entry.calls) == (place, 2)
     assert entry.seconds == pytest.approx((50e-6, 65e-6))
@@ -104,7 +108,7 @@ def test_once_is_one_step_between_start_and_stop(monkeypatch):
 
 def test_the_commands_run_one_step_of_the_same():
     options = Options(Tokens(12, 5, 3, 3), "base", "cuda")
-    text = "\n".join(profile._commands(options, "block.layers.0.mlp linear"))
+    text = "\n".join(commands("step", options.command, "block.layers.0.mlp linear", on_gpu=True))
     assert text.count("horsepower profile --once --variant base --tokens 12,5,3 --frames 3") == 2
     assert "--nvtx-include 'block.layers.0.mlp linear/'" in text
 
