@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from horsepower.bench.measure import turn
+from horsepower.graph.compare import ULP
 from horsepower.graph.exact import beside
 from horsepower.graph.explain import Measured
 from horsepower.graph.graph import Graph
-from horsepower.graph.verify import ULP
 from horsepower.kernels import tables
 from horsepower.kernels.attention_ranges import gate_factor, key_ranges
 from horsepower.kernels.choice import candidates

@@ -1,6 +1,6 @@
 """Captured calls in float64: the truth. Where attention over all rows would take too long, over some of its rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from horsepower.graph.passes.quantise import LINEARS
 from horsepower.kernels.attention_ranges import key_ranges
+from horsepower.kernels.float8 import E4M3
+from horsepower.kernels.ops import ops
+from horsepower.kernels.registry import Op, op_of
 
 aten = torch.ops.aten
 WINDOWED = "horsepower.windowed_attention.default"
@@ -40,6 +44,14 @@ class Exact:
                 return self._sampled(q, k, v, ranges, first=target is aten.scaled_dot_product_attention.default)
         return target(*args, **kwargs)
 
+    def by_references(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call of a compiled graph: codes stay codes, and what they stand for is computed with in float64."""
+        op = op_of(str(target))
+        if op is None:
+            return self(target, *args, **kwargs)
+        args = pytree.tree_map(lambda value: value if value is E4M3 else _widened(value), args)
+        return _result(op, self.by_references, args)
+
     def _sampled(self, q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[Any], first: bool) -> Tensor:
         """q [L, Hq, D], k and v [L, Hkv, D] -> [L, Hq, D], or [1, Hq, L, D] if heads come first."""
         edges = [*self._edges, *(edge for rows, _ in ranges for edge in (rows.start, rows.stop))]
@@ -53,6 +65,43 @@ class Exact:
                 some = F.scaled_dot_product_attention(q[mine].transpose(0, 1)[None], keys, values, enable_gqa=True)
                 out[mine] = some[0].transpose(0, 1)
         return out.transpose(0, 1)[None] if first else out
+
+
+def by_references(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call by plain operators: one of ours by its reference, and so whatever it is made of."""
+    op = op_of(str(target))
+    return target(*args, **kwargs) if op is None else _result(op, by_references, args)
+
+
+def flushing(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but that products take denormal rows for zero, as bfloat16 products of CPUs do."""
+
+    def flushed(target: Any, *args: Any, **kwargs: Any) -> Any:
+        if target in LINEARS and args[0].dtype != E4M3:
+            x, *rest = args
+            args = (x.where(x.abs() >= torch.finfo(torch.bfloat16).tiny, 0), *rest)
+        return call(target, *args, **kwargs)
+
+    return flushed
+
+
+def uncoded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, but that quantising leaves weights as they are, and products read no scales."""
+
+    def plain(target: Any, *args: Any, **kwargs: Any) -> Any:
+        if target is ops.quantise.default:
+            return args[0], args[0].new_ones((args[0].shape[0], 1), dtype=torch.float32)
+        if target in LINEARS and isinstance(args[-1], Tensor):  # the scales come last
+            args = args[:-2]
+        return call(target, *args, **kwargs)
+
+    return plain
+
+
+def _result(op: Op, call: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """As torch gives it."""
+    made = op.reference(*args) if op.expand is None else op.expand(call, *args)
+    return made[0] if op.single else made
 
 
 def beside(edges: Sequence[int], rows: int) -> list[int]:

@@ -206,11 +206,7 @@ def planned(
     here = device_of(module, example_inputs)
     there = here if device is None else indexed(torch.device(device))
     target = target_of(there) if target is None else check_target(target)
-    chosen = scheme_of(scheme)
-    if chosen is not None:
-        chosen.check(target)
-        if chosen.recipe:
-            raise ValueError(f"scheme: got {chosen.name}, which no plan has, allowed: with an Engine in mode eager")
+    chosen = planned_scheme(scheme, target)
     key = _key(module, *inputs, dynamic_shapes, method, only, target, chosen) if cache else None
     plan = find(key, pytree.tree_structure(inputs)) if key else None
     found = plan is not None
@@ -221,6 +217,14 @@ def planned(
             keep(key, plan)
     _require(plan, expect or {})
     return plan if device is None else plan.on(there), found
+
+
+def planned_scheme(scheme: str | Scheme | None, target: str) -> Scheme | None:
+    """Of a plan for a target. Raises ValueError for one that cannot be computed there, or not by plans."""
+    chosen = scheme_of(scheme)
+    if chosen is not None and chosen.check(target).recipe:
+        raise ValueError(f"scheme: got {chosen.name}, which no plan has, allowed: with an Engine in mode eager")
+    return chosen
 
 
 def device_of(module: nn.Module, inputs: Any) -> torch.device:

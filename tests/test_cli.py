@@ -94,6 +94,7 @@ def test_quiet_says_nothing(tmp_path):
         (("verify", "--tokens", "0,26,40"), "tokens"),
         (("verify", "--frames", "3"), "frames"),
         (("verify", "--device", "tpu"), "device"),
+        (("verify", "--scheme", "fp8", "--device", "cpu"), "scheme"),
         (("explain", "--variant", "huge"), "variant"),
         (("explain", "--tokens", "4,-1,2"), "tokens"),
         (("explain", "--html", "/nowhere/report.html"), "file"),
@@ -265,6 +266,16 @@ def test_verify_passes_and_writes_its_reports(small, capsys, tmp_path, monkeypat
     assert {row["inputs"] for row in tables["Every check"]} >= {"as in the model", "denormal", "zero rows"}
     assert all(row["passed"] is True for row in tables["Every check"])
     assert "fuse_qkv" in Path("report.html").read_text()
+
+
+def test_verify_under_a_scheme_says_what_its_codes_cost(small, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(("verify", "--scheme", "fp8-weights", *REPORTS)) == 0
+    assert re.search(r"a step +1 +output 0 .* 0\.1 +passed", capsys.readouterr().out)
+    tables = {table["title"]: table["rows"] for table in json.loads(Path("report.json").read_text())["tables"]}
+    distances = tables["Distance of fp8-weights from 16 bits"]
+    assert sum(row["sites"] for row in distances if row["of"] != "a step") == 4
+    assert all(row["16 bits"] < row["scheme"] <= row["budget"] for row in distances)
 
 
 def test_verify_fails_with_exit_code_1_and_names_the_site(small, capsys, monkeypatch):

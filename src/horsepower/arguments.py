@@ -111,6 +111,7 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
 
 def _verify(parser: argparse.ArgumentParser) -> None:
     _add_step(parser)
+    parser.add_argument("--scheme", metavar="NAME", help=SCHEME)
     parser.add_argument("--device", help=DEVICE)
     parser.set_defaults(command=commands.verify)
 

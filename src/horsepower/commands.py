@@ -115,7 +115,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from horsepower.verifying import verify_preset
 
     check_files(arguments)
-    checks, brief, full = verify_preset(arguments.variant, _tokens(arguments), _device(arguments))
+    checks, brief, full = verify_preset(arguments.variant, _tokens(arguments), _device(arguments), arguments.scheme)
     publish(arguments, brief, full)
     return 0 if all(check.passed for check in checks) else 1
 

@@ -11,11 +11,12 @@ from torch import fx, nn
 import horsepower
 from horsepower.graph import exact, passes, provenance
 from horsepower.graph.capture import capture
+from horsepower.graph.compare import FLUSHED
 from horsepower.graph.graph import args_of
 from horsepower.graph.passes import PASSES, fuse_add_norm, fuse_gate, fuse_qkv, lower, raise_rope
 from horsepower.graph.plan import plan_of
 from horsepower.graph.spec import SpecError
-from horsepower.graph.verify import AS_GIVEN, FLUSHED, HOSTILE, Check, check_sites, check_whole
+from horsepower.graph.verify import AS_GIVEN, HOSTILE, Check, check_sites, check_whole
 from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import OPS, Kernel
 from horsepower.runtime.executor import Executor, weights_of
