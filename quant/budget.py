@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from horsepower.kernels.linear import LINEAR
-from horsepower.kernels.quantise import QUANTISE
+from horsepower.quant.quantised import quantise
 
 # 1.6 times what normal operands cost, and reached where a sum cancels to 0.6 of its terms' length.
 BUDGET = 0.06
@@ -41,9 +41,9 @@ class ProductError:
     scheme: float
 
 
-def product_error(rows: Rows, weight: Tensor, experts: int) -> ProductError:
-    """weight [experts * O, I], of 16 bits. The products are those that a plan calls."""
-    codes, scales = QUANTISE(weight)
+def product_error(rows: Rows, weight: Tensor, experts: int, scales_of_weight: int | None = None) -> ProductError:
+    """weight [experts * O, I], of 16 bits, with so many scales: None, one a row. The products are those of a plan."""
+    codes, scales = quantise(weight, len(weight) if scales_of_weight is None else scales_of_weight)
     x = rows.x.to(weight.dtype)
     (own,) = LINEAR(x, weight, experts, rows.counts)
     if rows.codes is None:

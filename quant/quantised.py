@@ -8,10 +8,14 @@ from torch import Tensor
 
 from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.quantise import QUANTISE
+from horsepower.kernels.quantise_tensor import QUANTISE_TENSOR
 
 
 class Quantised(NamedTuple):
-    """A weight [R, C] by its rows: codes [R, C] in e4m3, scales float32 [R, 1]. See `kernels/float8.py`."""
+    """A weight [R, C]: codes [R, C] in e4m3, and float32 scales: [R, 1] of its rows, or [E, 1] of E parts of R / E.
+
+    See `kernels/float8.py`.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -25,19 +29,24 @@ class Quantised(NamedTuple):
 Values: TypeAlias = Mapping[str, Tensor | Quantised]
 
 
-def quantised(name: str, weight: Tensor) -> Quantised:
-    """What a plan's load makes of a weight [R, C]. Raises ValueError if it holds NaN or an infinity."""
-    made = Quantised(*QUANTISE(weight))
-    if not torch.isfinite(made.scales).all():  # a row's scale is not finite if one of its values is not
+def quantise(weight: Tensor, scales: int) -> Quantised:
+    """A weight [R, C] with so many scales: one for each of its rows, or for each of some equal parts."""
+    return Quantised(*(QUANTISE(weight) if scales == len(weight) else QUANTISE_TENSOR(weight, scales)))
+
+
+def quantised(name: str, weight: Tensor, scales: int) -> Quantised:
+    """What a plan's load makes of a weight, as `quantise`. Raises ValueError if it holds NaN or an infinity."""
+    made = quantise(weight, scales)
+    if not torch.isfinite(made.scales).all():  # a scale is not finite if one of its values is not
         raise ValueError(f"{name}: got NaN or infinite values, allowed: finite ones")
     return made
 
 
-def check_pair(name: str, got: Quantised, shape: Sequence[int]) -> None:
-    """Raises ValueError unless they are codes and scales of a weight of this shape."""
+def check_pair(name: str, got: Quantised, shape: Sequence[int], scales: int) -> None:
+    """Raises ValueError unless they are codes of a weight of this shape, and so many scales."""
     for what, x, dtype, wanted in (
         ("codes", got.codes, E4M3, list(shape)),
-        ("scales", got.scales, torch.float32, [shape[0], 1]),
+        ("scales", got.scales, torch.float32, [scales, 1]),
     ):
         if (list(x.shape), x.dtype) != (wanted, dtype):
             raise ValueError(f"{name}: got {what} {list(x.shape)} {x.dtype}, allowed: {wanted} {dtype}")

@@ -71,7 +71,10 @@ class Scheme:
             able = ", ".join(scheme.name for scheme in SCHEMES.values() if target in scheme.targets)
             raise ValueError(f"scheme: got {self.name} for {target}, which cannot compute it, allowed: {able}")
         if self.inputs == "tensor" and not self.largest:
-            raise ValueError(f"scheme: got {self.name} as it is, allowed: calibrated, by Scheme.calibrated(largest)")
+            raise ValueError(
+                f"scheme: got {self.name} as it is, allowed: calibrated, by `horsepower quantize` or "
+                "Scheme.calibrated(largest)"
+            )
         return self
 
 
@@ -102,8 +105,8 @@ TE_BLOCK = replace(
     TE, name="te-block", says="Transformer Engine's linear layers, a scale a block of 128", recipe="block"
 )
 SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK)}
-# Whose weights are the same codes and scales.
-BY_CHANNEL = {scheme.name: scheme for scheme in (FP8, FP8_ATTENTION, FP8_WEIGHTS)}
+# A checkpoint can hold their codes.
+STORABLE = {scheme.name: scheme for scheme in (FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS)}
 
 
 def scheme_of(given: "str | Scheme | None") -> Scheme | None:

@@ -25,7 +25,7 @@ Step = Callable[[Env], None]
 Read = Callable[[Env], tuple[list[Any], dict[str, Any]]]
 Around = Callable[[Call, Step], Step]  # what is executed in a step's stead
 
-QUANTISE = name_of(ops.quantise.default)
+QUANTISERS = tuple(map(name_of, (ops.quantise.default, ops.quantise_tensor.default)))  # of weights, at load
 PROGRAMS = 8  # sets of sizes that an arena remembers: a prompt has its own token count, and a clip several steps
 
 
@@ -123,9 +123,13 @@ def _loaded(plan: Plan, weights: Values) -> Env:
 def _load(call: Call, env: Env, names: Mapping[str, str]) -> None:
     """Execute a call; a weight that comes quantised already is the result of the call that would quantise it."""
     given = {name: env[name] for name in call.reads}
-    if call.target == QUANTISE:
-        ((name, value),) = given.items()
-        env[call.result] = tuple(value if isinstance(value, Quantised) else quantised(names.get(name, name), value))
+    if call.target in QUANTISERS:
+        ((value, weight),) = given.items()
+        name, (codes, scales) = names.get(value, value), call.makes
+        count = int(scales.shape[0])
+        if isinstance(weight, Quantised):
+            check_pair(name, weight, codes.shape, count)
+        env[call.result] = tuple(weight if isinstance(weight, Quantised) else quantised(name, weight, count))
         return
     for name, value in given.items():
         plain(names.get(name, name), value)
@@ -135,7 +139,6 @@ def _load(call: Call, env: Env, names: Mapping[str, str]) -> None:
 def _taken(weight: Weight, known: Values) -> Tensor | Quantised:
     got, spec = known[weight.name], weight.spec
     if isinstance(got, Quantised):
-        check_pair(weight.name, got, spec.shape)
         return Quantised(*(x.to(spec.device) for x in got))
     if (tuple(got.shape), got.dtype) != (spec.shape, spec.dtype):
         raise ValueError(f"{weight.name}: got {list(got.shape)} {got.dtype}, allowed: {spec}")

@@ -125,8 +125,8 @@ class Models:
     def weights(self, name: ModelName) -> Values:
         config, files = self.config(name), Weights.find(self._folder / name)
         model = DiT(config, self._dtype, "meta")
-        if self.stored(name) is not None:
-            return StoredTensors(model, files, self._device)
+        if (stored := self.stored(name)) is not None:
+            return StoredTensors(model, files, stored, self._device)
         bands = FourierRope(config.head_dim, torch.float32, "cpu").bands
         return Tensors(model, files, self._device, defaults={"adapter.rope.bands": bands})
 

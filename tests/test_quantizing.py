@@ -11,6 +11,7 @@ from horsepower import Engine, cli, quantizing
 from horsepower.bench import clips
 from horsepower.quantizing import Options, quantise, read_prompts
 from horsepower.runtime.checkpoint import SINGLE
+from horsepower.runtime.engine import open_source
 from horsepower.runtime.foal import Foal
 from horsepower.runtime.pipeline import Stage
 from horsepower.runtime.presets import FOAL_MODELS
@@ -74,6 +75,28 @@ def test_an_outlier_stays_and_the_checkpoint_runs(tmp_path):
     assert engine.scheme.keep == (UP,)
 
 
+def test_frozen_scales_are_calibrated_and_written(tmp_path):
+    """On a CPU, which cannot run them: by plain operators, and the engine refuses."""
+    holds, brief, full = run(scheme="fp8-tensor", output=tmp_path / "quantised", latent_budget=0.5)
+    assert holds
+    assert "for 2 times the largest value of all rows of all steps" in brief.text()
+    assert "plain operators stood for its kernels" in brief.text()
+    rows = {row["layer"]: row for row in table(full, "distill: every layer")}
+    (kept,) = table(brief, "distill: layers that stay in bf16")
+    assert (kept["layer"], kept["why"]) == (UP, "over 0.06")
+    assert all(0.03 < row["fp8-tensor"] < 0.06 and row["kept"] is None for layer, row in rows.items() if layer != UP)
+    errors = {row[""]: (row["video"], row["audio"]) for row in table(brief, "distill: final latents")}
+    assert max(errors["bf16 against float32"]) < min(errors["fp8-tensor against bf16"]) < 0.5
+    source = open_source(tmp_path / "quantised", torch.device("cpu"), torch.bfloat16)
+    scheme = source.stored("distill").scheme_for(None)
+    assert (scheme.name, scheme.keep) == ("fp8-tensor", (UP,))
+    assert dict(scheme.largest) == {layer: row["inputs up to"] for layer, row in rows.items() if layer != UP}
+    stated = sum(x.nbytes for x in load_file(tmp_path / "quantised" / "distill" / SINGLE).values())
+    assert f"{stated / 1e9:.3g} GB instead of" in brief.text()
+    with pytest.raises(ValueError, match="scheme: got fp8-tensor for cpu, which cannot compute it"):
+        Engine.from_pretrained(tmp_path / "quantised")
+
+
 def test_the_latent_budget_keeps_the_worst_and_as_few_as_it_needs(monkeypatch):
     asked = []
 
@@ -118,7 +141,7 @@ def test_super_resolution_begins_with_what_the_base_makes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "int4"}, "scheme: got 'int4', allowed: fp8, fp8-weights"),
+        ({"scheme": "int4"}, "scheme: got 'int4', allowed: fp8, fp8-tensor, fp8-weights"),
         ({"budget": 0.0}, "budget: got 0.0, allowed: a number above 0"),
         ({"latent_budget": float("nan")}, "latent_budget: got nan"),
         ({"prompts": ()}, "calibrate: got no prompts"),

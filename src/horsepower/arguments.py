@@ -6,7 +6,7 @@ from typing import NoReturn
 from horsepower import __version__, commands
 
 DEVICE = "cpu, cuda or cuda:N (default: a GPU if there is one)"
-SCHEME = "linear layers in eight bits: fp8 (sm_90), fp8-weights"
+SCHEME = "linear layers in eight bits: fp8, fp8-attention (sm_90), fp8-weights"
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +99,10 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         "--variant", action="append", default=[], metavar="NAME",
         help="model of it; may be repeated (default: all of a folder, distill of the preset)",
     )  # fmt: skip
-    parser.add_argument("--scheme", default="fp8", metavar="NAME", help="fp8 or fp8-weights (default: %(default)s)")
+    parser.add_argument(
+        "--scheme", default="fp8", metavar="NAME",
+        help="fp8, fp8-attention, fp8-tensor or fp8-weights (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--calibrate", metavar="FILE", help="prompts to measure with, one a line (default: two)")
     parser.add_argument("--budget", type=float, metavar="E", help="of a layer, relative L2 (default: 0.06)")
     parser.add_argument("--latent-budget", type=float, metavar="E", help="of the final latents (default: 0.15)")

@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,9 +18,9 @@ from horsepower.graph.passes.lower import lower
 from horsepower.graph.plan import Plan
 from horsepower.kernels.target import target_of
 from horsepower.quant.budget import BUDGET, LATENT_BUDGET, ProductError, fewest
-from horsepower.quant.scheme import BY_CHANNEL, Scheme
+from horsepower.quant.scheme import STORABLE, Scheme
 from horsepower.runtime import memory
-from horsepower.runtime.calibration import ROWS, Calibration
+from horsepower.runtime.calibration import MARGIN, ROWS, Calibration, calibrated, largest_inputs
 from horsepower.runtime.devices import free_bytes
 from horsepower.runtime.engine import checked_device, open_source
 from horsepower.runtime.fused import FusedDiT, plan_velocity
@@ -28,7 +28,7 @@ from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.pipeline import Latents
 from horsepower.runtime.presets import ModelName
-from horsepower.runtime.quantised_checkpoint import Stored, check_new, digest, new_folder, quantised_names, write
+from horsepower.runtime.quantised_checkpoint import Stored, check_new, digest, new_folder, scales_of, write
 from horsepower.runtime.source import Source, eager_dit
 
 Say = Callable[[str], None]
@@ -49,8 +49,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot be."""
-        if self.scheme not in BY_CHANNEL:
-            raise ValueError(f"scheme: got {self.scheme!r}, allowed: {', '.join(BY_CHANNEL)}")
+        if self.scheme not in STORABLE:
+            raise ValueError(f"scheme: got {self.scheme!r}, allowed: {', '.join(STORABLE)}")
         for name in ("budget", "latent_budget"):
             if not (math.isfinite(value := getattr(self, name)) and value > 0):
                 raise ValueError(f"{name}: got {value}, allowed: a number above 0")
@@ -70,7 +70,8 @@ class Measured:
     kept: Mapping[str, str]  # layers that are not quantised, and why
     latents: Mapping[str, tuple[float, float]]  # relative L2 of video and audio, by what is compared
     holds: bool  # whether the latent budget does
-    quantised: frozenset[str]  # weights
+    scheme: Scheme  # with what it was calibrated to
+    scales: Mapping[str, int]  # weights that are quantised, and how many scales each has
     bytes: tuple[int, int]  # of all weights: in 16 bits, and as they are written
 
 
@@ -119,7 +120,7 @@ class _Measurement:
         self, source: Source, where: str, name: ModelName, options: Options, device: torch.device, say: Say
     ):  # fmt: skip
         self._source, self._where, self._name, self._device, self._say = source, where, name, device, say
-        self._options, self._scheme = options, BY_CHANNEL[options.scheme]
+        self._options, self._scheme = options, STORABLE[options.scheme]
         self._model = DiT(source.config(name), torch.bfloat16, "meta").eval()
         self._clips = Clips(source, name, device, *(SMALL if where == "foal" else REAL), options.prompts)
         self._tried: dict[int, tuple[float, float]] = {}
@@ -143,12 +144,11 @@ class _Measurement:
         if more:
             latents[f"{self._scheme.name} before more were kept"] = self._tried[0]
         kept |= dict.fromkeys(more, f"latents over {self._options.latent_budget:g}")
-        names = quantised_names(plan_under(self._model, self._scheme.keeping([*kept]), self._device))
-        refused = [layer for layer in errors if layer not in kept and f"{layer}.weight" not in names]
+        scales = scales_of(plan_under(self._model, self._scheme.keeping([*kept]), self._device))
+        refused = [layer for layer in errors if layer not in kept and f"{layer}.weight" not in scales]
         kept |= dict.fromkeys(refused, "refused by the compiler")
-        return Measured(
-            self._name, self._model.config, errors, kept, latents, count is not None, names, self._bytes(names)
-        )
+        found = (errors, kept, latents, count is not None, self._scheme, scales, self._bytes(scales))
+        return Measured(self._name, self._model.config, *found)
 
     def _layers(self) -> tuple[list[Latents], dict[str, ProductError]]:
         """Final latents in 16 bits, and the largest error of each layer on the way."""
@@ -158,7 +158,11 @@ class _Measurement:
             self._clips.begin(first, eager_dit(self._source, first, self._device, torch.bfloat16))
         self._say(f"{self._name}: each layer, in {self._clips.stage.steps} steps of {len(self._clips.prompts)} clips")
         model = eager_dit(self._source, self._name, self._device, torch.bfloat16)
-        calibration = Calibration(model, self._scheme.inputs is not None)
+        if self._scheme.inputs == "tensor":
+            with largest_inputs(model) as largest:
+                self._clips.run(model)
+            self._scheme = calibrated(self._scheme, largest)
+        calibration = Calibration(model, self._scheme)
         with calibration.watching():
             plain = self._clips.run(model)
         return plain, {
@@ -185,10 +189,10 @@ class _Measurement:
         weights = self._source.weights(self._name)
         return distance(self._clips.run(FusedDiT(self._model, plan=plan, weights=weights)), plain)
 
-    def _bytes(self, names: Collection[str]) -> tuple[int, int]:
+    def _bytes(self, scales: Mapping[str, int]) -> tuple[int, int]:
         """Of the weights in 16 bits, and as they are written."""
         values = (*self._model.named_parameters(), *self._model.named_buffers())
-        saved = sum(x.nbytes - x.numel() - 4 * len(x) for name, x in values if name in names)
+        saved = sum(x.nbytes - x.numel() - 4 * scales[name] for name, x in values if name in scales)
         before = sum(x.nbytes for _, x in values)
         return before, before - saved
 
@@ -203,8 +207,9 @@ def plan_under(model: DiT, scheme: Scheme, device: torch.device) -> Plan:
 
 def _write(draft: Path, source: Source, found: Measured, options: Options, preset: str | None) -> None:
     budgets = options.budget, options.latent_budget
-    said = Stored(found.name, digest(found.config), options.scheme, (*found.kept,), *budgets, preset)
-    write(draft / found.name, found.config, source.weights(found.name), found.quantised, said)
+    largest = tuple((layer, x) for layer, x in found.scheme.largest if layer not in found.kept)
+    said = Stored(found.name, digest(found.config), options.scheme, (*found.kept,), *budgets, preset, largest)
+    write(draft / found.name, found.config, source.weights(found.name), found.scales, said)
 
 
 def read_prompts(path: str) -> tuple[str, ...]:
@@ -219,7 +224,7 @@ def read_prompts(path: str) -> tuple[str, ...]:
 def _report(
     where: str, measured: Sequence[Measured], options: Options, device: torch.device, full: bool = False
 ) -> Report:  # fmt: skip
-    scheme, count = BY_CHANNEL[options.scheme], len(options.prompts)
+    scheme, count = STORABLE[options.scheme], len(options.prompts)
     parts: list[Part] = []
     for each in measured:
         parts += _parts(each, options, full)
@@ -231,6 +236,13 @@ def _report(
             "L2 of what the last step leaves, the worst clip."
         )
     )
+    if scheme.inputs == "tensor":
+        parts.append(
+            Paragraph(
+                f"Scales of inputs: frozen, for {MARGIN:g} times the largest value of all rows of all steps; what is "
+                "larger saturates."
+            )
+        )
     if target_of(device) not in scheme.targets:
         parts.append(Paragraph(f"{device} cannot compute {scheme.name}: plain operators stood for its kernels."))
     return Report(f"{where}: {scheme.name}, {scheme.says}", machine(str(device)), tuple(parts))
@@ -259,8 +271,13 @@ def _parts(found: Measured, options: Options, full: bool) -> list[Part]:
     title = f"{found.name}: error of each layer under {options.scheme}; dashed: its budget"
     parts.append(Figure(title, lines(title, drawn, options.budget, "layer")))
     if full:
-        every = tuple((layer, *_cells(e), found.kept.get(layer)) for layer, e in found.errors.items())
-        parts.append(Table(f"{found.name}: every layer", ("layer", "bf16", options.scheme, "kept"), every))
+        largest = dict(found.scheme.largest)
+        every = tuple(
+            (layer, *_cells(e), *([largest[layer]] if largest else []), found.kept.get(layer))
+            for layer, e in found.errors.items()
+        )
+        columns = ("layer", "bf16", options.scheme, *(["inputs up to"] if largest else []), "kept")
+        parts.append(Table(f"{found.name}: every layer", columns, every))
     return parts
 
 

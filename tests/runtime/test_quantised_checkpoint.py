@@ -12,10 +12,10 @@ from horsepower import Engine, Request
 from horsepower.bench.live import live_peak
 from horsepower.graph.passes import PASSES
 from horsepower.graph.passes.lower import lower
-from horsepower.quant.quantised import Quantised, quantised
-from horsepower.quant.scheme import SCHEMES, Scheme
+from horsepower.quant.quantised import Quantised, quantise
+from horsepower.quant.scheme import FP8_TENSOR, SCHEMES, Scheme
 from horsepower.runtime import quantised_checkpoint
-from horsepower.runtime.checkpoint import INDEX, MANIFEST, SINGLE, Weights
+from horsepower.runtime.checkpoint import INDEX, MANIFEST, SINGLE
 from horsepower.runtime.executor import Executor, weights_of
 from horsepower.runtime.foal import Foal, StoredFoal
 from horsepower.runtime.fused import FusedDiT, plan_velocity
@@ -26,10 +26,9 @@ from horsepower.runtime.quantised_checkpoint import (
     SCALE,
     VERSION,
     Stored,
-    StoredTensors,
     digest,
     new_folder,
-    quantised_names,
+    scales_of,
     write,
 )
 from models import random_inputs, random_model
@@ -41,6 +40,14 @@ KEEP = ("block.layers.1.mlp.down_proj",)
 REQUEST = Request(prompt="a horse", duration=0.2, resolution=(64, 32), num_inference_steps=1)
 
 
+LARGEST = {
+    f"block.layers.{i}.{leaf}": 3.0 + i
+    for i in range(3)
+    for leaf in ("attention.linear_qkv", "attention.linear_proj", "mlp.up_gate_proj", "mlp.down_proj")
+}
+FROZEN = FP8_TENSOR.calibrated({layer: x for layer, x in LARGEST.items() if layer not in KEEP})
+
+
 def stored(keep=(), scheme="fp8", **changes):
     said = Stored("distill", digest(CONFIG), scheme, tuple(keep), 0.06, None, "foal")
     return replace(said, **changes)
@@ -48,22 +55,23 @@ def stored(keep=(), scheme="fp8", **changes):
 
 def plan_of(scheme, keep=()):
     """For the CPU's own kernels, or as a GPU's, which the plain operators run."""
-    only = PASSES if scheme != "fp8" else [each for each in PASSES if each is not lower]
-    target = "sm_90" if scheme == "fp8" else None
-    meta = DiT(CONFIG, device="meta")
-    return plan_velocity(meta, CPU, only=only, scheme=SCHEMES[scheme].keeping(keep), target=target)
+    chosen = FROZEN if scheme == "fp8-tensor" else SCHEMES[scheme]
+    only = PASSES if "cpu" in chosen.targets else [each for each in PASSES if each is not lower]
+    target = None if "cpu" in chosen.targets else "sm_90"
+    return plan_velocity(DiT(CONFIG, device="meta"), CPU, only=only, scheme=chosen.keeping(keep), target=target)
 
 
 def written(folder, weights=None, keep=(), **changes):
     """A checkpoint of the preset; weights: other values than its own."""
-    names = quantised_names(plan_of("fp8-weights", keep))
+    said = stored(keep, **changes)
+    scales = scales_of(plan_of("fp8-tensor" if said.scheme == "fp8-tensor" else "fp8-weights", keep))
     with new_folder(folder) as draft:
-        write(draft / "distill", CONFIG, weights or weights_of(random_model(CONFIG)), names, stored(keep, **changes))
+        write(draft / "distill", CONFIG, weights or weights_of(random_model(CONFIG)), scales, said)
     return folder
 
 
 def values(folder):
-    return StoredTensors(DiT(CONFIG, device="meta"), Weights.find(folder / "distill"), CPU)
+    return StoredFoal(folder, CPU, torch.bfloat16).weights("distill")
 
 
 @pytest.fixture
@@ -79,11 +87,14 @@ def altered(folder, **changes):
     (folder / "distill" / MANIFEST).unlink()
 
 
-@pytest.mark.parametrize(("scheme", "keep"), [("fp8-weights", ()), ("fp8", KEEP)])
+@pytest.mark.parametrize(("scheme", "keep"), [("fp8-weights", ()), ("fp8", KEEP), ("fp8-tensor", KEEP)])
 def test_both_ways_give_the_same_bits(tmp_path, scheme, keep):
     model, meta, plan = random_model(CONFIG), DiT(CONFIG, device="meta"), plan_of(scheme, keep)
     loaded = FusedDiT(meta, plan=plan, weights=weights_of(model))
-    read = FusedDiT(meta, plan=plan, weights=values(written(tmp_path / "quantised", weights_of(model), keep)))
+    how = {"scheme": scheme, "largest": FROZEN.largest if scheme == "fp8-tensor" else ()}
+    folder = written(tmp_path / "quantised", weights_of(model), keep, **how)
+    read = FusedDiT(meta, plan=plan, weights=values(folder))
+    assert Stored.of(folder / "distill").scheme_for(None) == replace(SCHEMES[scheme], keep=keep, largest=how["largest"])
     *parts, coords = random_inputs(CONFIG, 3, 4, 5, 6)
     with torch.no_grad():
         condition = loaded.condition(parts[2], coords)
@@ -97,7 +108,7 @@ def test_a_load_holds_half_the_bytes(tmp_path):
     plan, weights = plan_of("fp8-weights"), weights_of(random_model(CONFIG))
     read, kept = values(written(tmp_path / "quantised", weights)), []
     held = live_peak(lambda: kept.append(Executor(plan, read)))
-    eight = quantised_names(plan)
+    eight = scales_of(plan)
     others = sum(x.nbytes for name, x in weights.items() if name not in eight)
     assert held - others < 0.65 * sum(weights[name].nbytes for name in eight)
     assert held >= plan.weight_bytes
@@ -111,7 +122,7 @@ def test_what_the_files_hold(tmp_path):
     assert set(tensors) == {*weights_of(model), *(name + SCALE for name in linears - {DOWN})}
     for name, value in weights_of(model).items():
         if name in linears - {DOWN}:
-            codes, scales = quantised(name, value)
+            codes, scales = quantise(value, len(value))
             assert torch.equal(tensors[name].view(torch.uint8), codes.view(torch.uint8))
             assert torch.equal(tensors[name + SCALE], scales)
         else:
@@ -131,7 +142,7 @@ def test_shards_are_indexed_and_summed(tmp_path, monkeypatch):
     assert len(shards) > 3
     assert set(json.loads((folder / INDEX).read_text())["weight_map"].values()) == {file.name for file in shards}
     assert len((folder / MANIFEST).read_text().splitlines()) == len(shards)
-    assert torch.equal(values(folder.parent)[QKV].scales, quantised(QKV, weights_of(random_model(CONFIG))[QKV]).scales)
+    assert torch.equal(values(folder.parent)[QKV].scales, quantise(weights_of(random_model(CONFIG))[QKV], 396).scales)
     data = bytearray(shards[1].read_bytes())
     data[-1] ^= 1
     shards[1].write_bytes(data)
@@ -177,7 +188,7 @@ def test_nothing_is_written_over(folder, tmp_path):
         ("{", "allowed: JSON with a version"),
         (json.dumps({"version": VERSION + 1}), f"got version {VERSION + 1} .*allowed: {VERSION}"),
         (json.dumps({"version": VERSION, "keep": []}), "allowed: model, config, scheme, keep"),
-        (stored(scheme="int4").metadata()[KEY], "got scheme 'int4', allowed: fp8, fp8-weights"),
+        (stored(scheme="int4").metadata()[KEY], "got scheme 'int4', allowed: fp8, fp8-tensor, fp8-weights"),
         (stored(model="base").metadata()[KEY], "model distill: got a quantised checkpoint of base"),
         (stored(config="0").metadata()[KEY], "model distill: got a quantised checkpoint of another configuration"),
     ],
@@ -229,12 +240,14 @@ def test_codes_without_scales_are_no_weights(folder):
 
 def test_codes_where_a_plan_wants_the_weight():
     weights, plan = weights_of(random_model(CONFIG)), plan_of("fp8-weights", KEEP)
-    pair = quantised(DOWN, weights[DOWN])
+    pair = quantise(weights[DOWN], 64)
     with pytest.raises(ValueError, match=rf"{DOWN}: got codes of eight bits, allowed: .* as it was"):
         Executor(plan, {**weights, DOWN: pair})
     odd = Quantised(pair.codes[:3], pair.scales)
     with pytest.raises(ValueError, match=rf"{DOWN}: got codes \[3, .*allowed: \[64, "):
         Executor(plan_of("fp8-weights"), {**weights, DOWN: odd})
+    with pytest.raises(ValueError, match=rf"{DOWN}: got scales \[1, 1\] .*allowed: \[64, 1\]"):
+        Executor(plan_of("fp8-weights"), {**weights, DOWN: quantise(weights[DOWN], 1)})
 
 
 @pytest.fixture
@@ -272,3 +285,46 @@ def test_what_a_quantised_checkpoint_cannot_do(tmp_path, small):
     Path(folder / "distill").rename(folder / "base")
     with pytest.raises(ValueError, match="model base: got a quantised checkpoint of distill"):
         Engine.from_pretrained(folder)
+
+
+def test_scales_of_whole_layers_and_what_they_were_calibrated_to(tmp_path):
+    folder = written(tmp_path / "quantised", keep=KEEP, scheme="fp8-tensor", largest=FROZEN.largest)
+    tensors = load_file(folder / "distill" / SINGLE)
+    shapes = {name.removesuffix(SCALE): list(x.shape) for name, x in tensors.items() if name.endswith(SCALE)}
+    assert shapes == {f"{layer}.weight": [1 if ".1." in layer else 3, 1] for layer, _ in FROZEN.largest}
+    source = StoredFoal(folder, CPU, torch.bfloat16)
+    own = source.stored("distill").scheme_for(None)
+    assert own == FROZEN.keeping(KEEP)
+    assert source.stored("distill").scheme_for(FP8_TENSOR) == source.stored("distill").scheme_for(own) == own
+    for given, message in (
+        ({}, "scheme: got fp8-tensor for cpu, which cannot compute it, allowed: fp8-weights"),
+        (
+            {"scheme": "fp8-weights"},
+            "got fp8-weights for a checkpoint of fp8-tensor that .* allowed: fp8-tensor, as it",
+        ),
+        ({"scheme": FP8_TENSOR.calibrated({"a": 1.0})}, "got fp8-tensor with other largest inputs for a checkpoint of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine.from_pretrained(folder, **given)
+    with pytest.raises(
+        ValueError, match="scheme: got fp8-tensor for a checkpoint of fp8 .* allowed: fp8, fp8-weights,"
+    ):
+        stored().scheme_for(FP8_TENSOR)
+    altered(folder, tensors={QKV + SCALE: torch.ones(396, 1)}, said=source.stored("distill").metadata())
+    with pytest.raises(ValueError, match=rf"{QKV}: got scales \[396, 1\] .*allowed: \[3, 1\]"):
+        values(folder)[QKV]
+
+
+@pytest.mark.parametrize(
+    ("largest", "message"),
+    [
+        ((), "got fp8-tensor without largest inputs, allowed: calibrated"),
+        (FROZEN.largest[:-1], "got block.* without its largest input, allowed: with it"),
+        ((*FROZEN.largest, ("a", float("nan"))), "largest: got nan for a, allowed: a number"),
+        ((*FROZEN.largest, ("a", "3")), "largest: got '3' for a, allowed: a number"),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_what_it_was_calibrated_to(tmp_path, largest, message):
+    folder = written(tmp_path / "quantised", keep=KEEP, scheme="fp8-tensor", largest=largest)
+    with pytest.raises(ValueError, match=f"^checkpoint .*{message}"):
+        values(folder)

@@ -9,6 +9,7 @@ from torch import nn
 from horsepower.graph.passes import PASSES
 from horsepower.kernels.ops import ops
 from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS, SCHEMES, Scheme, scheme_of
+from horsepower.runtime.calibration import largest_inputs
 from horsepower.runtime.compiled import compile
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit import Linear as DiTLinear
@@ -133,25 +134,15 @@ def test_static_scales_cost_nothing(name):
         assert relative_error(one, want) < 1.2 * relative_error(other, want) < 0.2
 
 
-def largest_inputs(model, given):
-    """Of each layer, as calibration finds them."""
-    found = {}
-
-    def see(name):
-        return lambda _, args: found.__setitem__(name, max(found.get(name, 0.0), float(args[0].abs().max())))
-
-    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, DiTLinear)]
-    handles = [layer.register_forward_pre_hook(see(name)) for name, layer in layers]
-    with torch.no_grad():
+def largest_of(model, given):
+    with torch.no_grad(), largest_inputs(model) as found:
         model(*given, 3)
-    for handle in handles:
-        handle.remove()
-    return found
+    return {layer: float(value) for layer, value in found.items()}
 
 
 def test_scales_of_whole_tensors_are_calibrated_and_frozen():
     model, given = random_model(CONFIG), random_inputs(CONFIG, 3, 7, 5, 9)
-    largest = largest_inputs(model, given)
+    largest = largest_of(model, given)
     scheme = FP8_TENSOR.calibrated(largest)
     got = run(model, scheme, expect={"quantise": 12, "pad_qkv": 3})
     assert len(calls(got.plan, "to_codes")) == 12
@@ -174,7 +165,7 @@ def test_scales_of_whole_tensors_are_calibrated_and_frozen():
 def test_what_shares_a_scale_is_free_to_choose(weights, inputs):
     model, given = random_model(CONFIG), random_inputs(CONFIG, 3, 7, 5, 9)
     scheme = Scheme("own", "one's own", ("sm_90",), weights=weights, inputs=inputs)
-    got = run(model, scheme.calibrated(largest_inputs(model, given)), expect={"quantise": 12})(*given, 3)
+    got = run(model, scheme.calibrated(largest_of(model, given)), expect={"quantise": 12})(*given, 3)
     with torch.no_grad():
         for one, want in zip(got, model(*given, 3), strict=True):
             assert 0.01 < relative_error(one, want) < 0.2
