@@ -104,9 +104,12 @@ TE = Scheme(
 TE_BLOCK = replace(
     TE, name="te-block", says="Transformer Engine's linear layers, a scale a block of 128", recipe="block"
 )
-SCHEMES = {scheme.name: scheme for scheme in (FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK)}
-# A checkpoint can hold their codes.
-STORABLE = {scheme.name: scheme for scheme in (FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS)}
+TE_DELAYED = replace(
+    TE, name="te-delayed", says="Transformer Engine's linear layers, scales learned by calibration", recipe="delayed"
+)
+ALL = (FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK, TE_DELAYED)
+SCHEMES = {scheme.name: scheme for scheme in ALL}
+STORABLE = {scheme.name: scheme for scheme in ALL if scheme.recipe is None}  # a checkpoint can hold their codes
 
 
 def scheme_of(given: "str | Scheme | None") -> Scheme | None:

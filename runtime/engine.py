@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from horsepower.graph.plan import Plan
-from horsepower.kernels.target import target_of
 from horsepower.quant.scheme import Scheme, scheme_of
 from horsepower.runtime import memory
+from horsepower.runtime.asked import bytes_of, dtype_of, mode_of, scheme_for
 from horsepower.runtime.devices import indexed
 from horsepower.runtime.fused import FusedDiT, plan_velocity
 from horsepower.runtime.media import image_pixels, open_image, read_audio
@@ -45,20 +45,18 @@ from horsepower.runtime.pipeline import (
 )
 from horsepower.runtime.presets import MODELS, ModelName, Sizes, sizes
 from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, structured_prompt
-from horsepower.runtime.quantised_checkpoint import Stored, preset_of
+from horsepower.runtime.quantised_checkpoint import preset_of
 from horsepower.runtime.request import Cancelled, Progress, Request, Result
 from horsepower.runtime.residence import HOST, Movable, Residence
 from horsepower.runtime.sampling import Noise, SeededNoise
-from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder, eager_dit, te_dit
+from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder, eager_dit
+from horsepower.runtime.te_dit import Scales
 from horsepower.runtime.tokens import AUDIO_CHANNELS, FPS, PATCH, VIDEO_CHANNELS, Grid
 from horsepower.runtime.turns import MemoryStatement, Part, Phase, least, state
 from horsepower.runtime.watch import Watch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MODES = ("fused", "eager")
-DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Conditions(NamedTuple):
@@ -98,10 +96,11 @@ class Engine:
         device_memory: int | None = None,
     ):
         self._source, self.model, self.device, self.dtype, self.mode = source, model, device, dtype, mode
-        self._asked, self.scheme = scheme, _scheme(scheme, source.stored(model), mode, device, dtype)
+        self._asked, self.scheme = scheme, scheme_for(scheme, source.stored(model), mode, device, dtype)
         eight = () if self.scheme is None else (f"scheme: {self.scheme.name}, {self.scheme.says}",)
         self._strict, self._notes, self._device_memory = strict, (*source.notes, *notes, *eight), device_memory
         self._plans: dict[ModelName, tuple[DiT, Plan]] = {}
+        self._scales = Scales()
         self._parts = Residence(device, self._load)
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose request runs
@@ -127,25 +126,26 @@ class Engine:
             fused on a CPU and on GPUs that there are kernels for, of capability 8.0 and newer.
         strict: a fusion that the model family expects and that does not happen is an error that says where; otherwise
             the model runs with those that did.
-        scheme: linear layers in eight bits: "fp8" (Hopper) or "fp8-weights", quantised while they are loaded; "te" and
-            "te-block" (Hopper, mode "eager") by Transformer Engine. None takes that of a quantised checkpoint.
+        scheme: linear layers in eight bits: "fp8" (Hopper) or "fp8-weights", quantised while they are loaded; "te",
+            "te-block" and "te-delayed" (Hopper, mode "eager") by Transformer Engine, the last once it is calibrated.
+            None takes that of a quantised checkpoint.
         device_memory: bytes of the device that the engine may take; None: what is free. Where not all parts of a
             request fit beside each other they take turns, waiting on the host; bits of clips do not depend on it.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
         Raises ValueError naming what is missing or wrong.
         """
         chosen, asked = checked_device(device), scheme_of(scheme)
-        mode, notes = _mode("eager" if mode is None and asked is not None and asked.recipe else mode, chosen)
+        mode, notes = mode_of("eager" if mode is None and asked is not None and asked.recipe else mode, chosen)
         source = open_source(folder, chosen, torch.bfloat16)  # to look at: the scheme decides the dtype
         there = [name for name in ("distill", "base") if name in source.models()]
         if not there or model not in (None, *there):
             got = repr(model) if there else f"neither in {folder}"
             raise ValueError(f"model: got {got}, allowed: {', '.join(there or ('distill', 'base'))}")
         name = there[0] if model is None else model
-        quantised = _scheme(asked, source.stored(name), mode, chosen, dtype) is not None
-        dtype = torch.bfloat16 if quantised else _dtype(dtype, chosen)
+        quantised = scheme_for(asked, source.stored(name), mode, chosen, dtype) is not None
+        dtype = torch.bfloat16 if quantised else dtype_of(dtype, chosen)
         source = open_source(folder, chosen, dtype)
-        engine = cls(source, name, chosen, dtype, mode, strict, asked, notes, _bytes(device_memory))
+        engine = cls(source, name, chosen, dtype, mode, strict, asked, notes, bytes_of(device_memory))
         engine._open()
         return engine
 
@@ -160,21 +160,63 @@ class Engine:
         on_progress is called before the first and after every step of every stage. Setting `cancel` ends the request
         at the next step with `Cancelled`. Raises ValueError for what the model cannot do or the files do not hold.
         """
-        if not isinstance(request, Request):
-            raise ValueError(f"request: got {type(request).__name__}, allowed: a Request")
-        stage, picture = base_stage(request, self.model), sizes(request.resolution)
+        _check_request(request, self.model)
         with self._turn(cancel), torch.no_grad():
-            statement, parts = self._state(request, picture)
-            watch = Watch(self.device, on_progress, cancel)
-            job = Job(request, picture, stage, statement, parts, SeededNoise(request.seed), watch)
-            texts, notes = self._read(job)
-            given = self._condition(job)
-            latents = self._denoise(job, texts, given)
-            if picture.super_resolution:
-                latents = self._super_resolve(job, latents, texts, given)
+            self._scales.check(self.scheme, self._models(sizes(request.resolution)))
+            job = self._job(request, on_progress, cancel)
+            latents, notes = self._latents(job)
             video, sound = self._decode(job, latents)
-        notes = (*self._notes, *notes, *_rounding(request, picture), *statement.notes)
-        return Result(video, sound, FPS, OUTPUT_RATE, request.seed, watch.timings, notes)
+        notes = (*self._notes, *notes, *_rounding(request, job.picture), *job.statement.notes)
+        return Result(video, sound, FPS, OUTPUT_RATE, request.seed, job.watch.timings, notes)
+
+    def calibrate(self, requests: Sequence[Request]) -> None:
+        """Learn the scales of the scheme "te-delayed" from what these requests make each layer read.
+
+        They are denoised in 16-bit weights, and not decoded; then the models are loaded anew in eight bits. The scales
+        take the place of any before, and no other request moves them. Raises ValueError for another scheme, and as
+        `run` does.
+        """
+        if self.scheme is None or self.scheme.recipe != "delayed":
+            got = "none" if self.scheme is None else self.scheme.name
+            raise ValueError(f"calibrate: got an engine of scheme {got}, allowed: te-delayed")
+        if isinstance(requests, Request) or not requests:
+            raise ValueError(f"requests: got {requests!r}, allowed: a list of them")
+        for request in requests:
+            _check_request(request, self.model)
+        with self._turn(None), torch.no_grad():
+            if self._scales.known:
+                self._forget_models()  # they cannot learn any more
+            try:
+                with self._scales.learning():
+                    for request in requests:
+                        self._latents(self._job(request, None, None))
+            finally:
+                self._forget_models()
+
+    def _job(
+        self, request: Request, on_progress: Callable[[Progress], None] | None, cancel: threading.Event | None
+    ) -> Job:  # fmt: skip
+        stage, picture = base_stage(request, self.model), sizes(request.resolution)
+        statement, parts = self._state(request, picture)
+        watch = Watch(self.device, on_progress, cancel)
+        return Job(request, picture, stage, statement, parts, SeededNoise(request.seed), watch)
+
+    def _latents(self, job: Job) -> tuple[Latents, tuple[str, ...]]:
+        """All stages before the decoders; and what is to be said of the prompt."""
+        texts, notes = self._read(job)
+        given = self._condition(job)
+        latents = self._denoise(job, texts, given)
+        if job.picture.super_resolution:
+            latents = self._super_resolve(job, latents, texts, given)
+        return latents, notes
+
+    def _models(self, picture: Sizes) -> list[ModelName]:
+        """Those that a clip of this size runs through."""
+        return [self.model] if picture.super_resolution is None else [self.model, picture.super_resolution]
+
+    def _forget_models(self) -> None:
+        for name in MODELS:
+            self._parts.forget(name)
 
     @contextmanager
     def _turn(self, cancel: threading.Event | None) -> Iterator[None]:
@@ -314,7 +356,9 @@ class Engine:
         start = prepare(Grid.of(*job.picture.base, audio), job.noise, self.device, given.audio)
         keep_audio = given.audio is not None and (request.keep_audio or self.model == "base")
         model: DiT | FusedDiT = self._parts[self.model]
-        return denoise(model, start, texts, job.stage, job.noise, job.watch, given.base_image, keep_audio)
+        latents = denoise(model, start, texts, job.stage, job.noise, job.watch, given.base_image, keep_audio)
+        self._scales.keep(self.model, model)
+        return latents
 
     def _super_resolve(self, job: Job, latents: Latents, texts: Texts, given: Conditions) -> Latents:
         """The super-resolution stage of pictures that have one."""
@@ -322,7 +366,9 @@ class Engine:
         assert picture.super_resolution
         self._enter(job, stage.name)
         grid, model = Grid.of(*picture.final, latents.grid.audio), self._parts[picture.super_resolution]
-        return super_resolve(model, latents, grid, texts, stage, job.noise, job.watch, given.final_image)
+        latents = super_resolve(model, latents, grid, texts, stage, job.noise, job.watch, given.final_image)
+        self._scales.keep(picture.super_resolution, model)
+        return latents
 
     def _decode(self, job: Job, latents: Latents) -> tuple[Tensor, Tensor]:
         """Frames uint8 [F, H, W, 3] and sound float32 [S, 2], on the CPU."""
@@ -348,9 +394,10 @@ class Engine:
 
     def _dit(self, name: ModelName) -> DiT | FusedDiT:
         if self.mode == "eager":
-            scheme = _scheme(self._asked, self._source.stored(name), self.mode, self.device, self.dtype)
-            how = (self._source, name, self.device, self.dtype)
-            return eager_dit(*how) if scheme is None else te_dit(*how, scheme)
+            scheme = scheme_for(self._asked, self._source.stored(name), self.mode, self.device, self.dtype)
+            if scheme is None:
+                return eager_dit(self._source, name, self.device, self.dtype)
+            return self._scales.model(name, self._source, self.device, self.dtype, scheme)
         model, plan = self._planned(name)
         # Weights go from the source through the plan's recipes; the model itself has none.
         return FusedDiT(model, plan=plan, weights=self._source.weights(name))
@@ -358,7 +405,7 @@ class Engine:
     def _planned(self, name: ModelName) -> tuple[DiT, Plan]:
         if name not in self._plans:
             model = DiT(self._source.config(name), self.dtype, "meta").eval()
-            scheme = _scheme(self._asked, self._source.stored(name), self.mode, self.device, self.dtype)
+            scheme = scheme_for(self._asked, self._source.stored(name), self.mode, self.device, self.dtype)
             self._plans[name] = model, plan_velocity(model, self.device, self._strict, scheme=scheme)
         return self._plans[name]
 
@@ -369,6 +416,13 @@ class Engine:
         allowed = (VIDEO_CHANNELS * PATCH**2, AUDIO_CHANNELS, self._source.text_width())
         if got != allowed:
             raise ValueError(f"model {name}: got {got} channels of video, audio, text, allowed: {allowed}")
+
+
+def _check_request(request: Request, model: ModelName) -> None:
+    """Raise ValueError for what is no request, or one that a model does not understand."""
+    if not isinstance(request, Request):
+        raise ValueError(f"request: got {type(request).__name__}, allowed: a Request")
+    base_stage(request, model)
 
 
 def open_source(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> Source:
@@ -397,53 +451,6 @@ def checked_device(device: str | torch.device | None) -> torch.device:
     if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device: got {str(chosen)!r}, allowed: cpu, or cuda where torch finds a GPU")
     return indexed(chosen)
-
-
-def _mode(mode: str | None, device: torch.device) -> tuple[str, tuple[str, ...]]:
-    """The mode that was asked for, else the device's best, and what is to be said of it."""
-    try:
-        target_of(device)
-    except ValueError as error:
-        if mode not in (None, "eager"):
-            raise ValueError(f"mode: got {mode!r}, allowed: eager on {device}; {error}") from None
-        return "eager", (f"mode: eager, as there are no fused kernels; {error}",) if mode is None else ()
-    if mode not in (None, *MODES):
-        raise ValueError(f"mode: got {mode!r}, allowed: {', '.join(MODES)}")
-    return mode or MODES[0], ()
-
-
-def _scheme(
-    asked: Scheme | None, stored: Stored | None, mode: str, device: torch.device, dtype: torch.dtype | None
-) -> Scheme | None:
-    """Of a model: the one asked for, or its checkpoint's. Raises ValueError for one that cannot be had here."""
-    scheme = asked if stored is None else stored.scheme_for(asked)
-    if scheme is None:
-        return None
-    allowed = "eager" if scheme.recipe else "fused"
-    if mode != allowed:
-        if stored is not None:
-            raise ValueError(f"mode: got {mode} with a checkpoint of {stored.scheme}, allowed: {allowed}")
-        raise ValueError(f"scheme: got {scheme.name} with mode {mode}, allowed: with mode {allowed}")
-    if dtype not in (None, torch.bfloat16):
-        raise ValueError(f"scheme: got {scheme.name} with {dtype}, allowed: with torch.bfloat16")
-    return scheme.check(target_of(device))
-
-
-def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        # CPUs without AVX-512 have no fast bfloat16 products.
-        slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
-        return torch.float32 if slow else torch.bfloat16
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype}, allowed: {', '.join(map(str, DTYPES))}")
-    return dtype
-
-
-def _bytes(device_memory: int | None) -> int | None:
-    whole = isinstance(device_memory, int) and not isinstance(device_memory, bool)
-    if device_memory is not None and not (whole and device_memory > 0):
-        raise ValueError(f"device_memory: got {device_memory!r}, allowed: a positive number of bytes, or None")
-    return device_memory
 
 
 def _rounding(request: Request, picture: Sizes) -> tuple[str, ...]:

@@ -77,6 +77,13 @@ class Residence:
             self._come(name, parts[name])
         self.parts.update({name: parts[name] for name in turn.device if name in self.parts})  # arenas may have grown
 
+    def forget(self, owner: str) -> None:
+        """Let a part go for good with its arena, if it is there at all; it is loaded anew when it is next needed."""
+        for name in [name for name, part in self.parts.items() if owner in (name, part.arena_of)]:
+            del self.parts[name]
+        self._there.pop(owner, None)
+        self._waiting.pop(owner, None)
+
     def _leave(self, name: str, to_host: bool) -> None:
         part = self.parts.pop(name)
         if part.arena_of is not None:

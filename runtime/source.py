@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from horsepower.quant import transformer_engine
-from horsepower.quant.quantised import Values, plain
-from horsepower.quant.scheme import Scheme
+from horsepower.quant.quantised import Values
 from horsepower.runtime.checkpoint import fill
 from horsepower.runtime.models import audio_vae, wan_vae
-from horsepower.runtime.models.dit import DiT, Linear
+from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.text import TextEncoder
 from horsepower.runtime.models.turbo_vae import TurboDecoder
 from horsepower.runtime.phases import PartSizes
@@ -131,23 +129,6 @@ class Source(PartSizes, Protocol):
     def video_decoder(self) -> VideoDecoder: ...
 
     def audio_codec(self) -> AudioCodec: ...
-
-
-def te_dit(source: Source, name: ModelName, device: torch.device, dtype: torch.dtype, scheme: Scheme) -> DiT:
-    """A DiT as it is written, with Transformer Engine's linear layers in its blocks.
-
-    Weights are streamed: of those that are quantised one is on the device at a time as it was. Raises ValueError where
-    the package is not there.
-    """
-    model, weights = DiT(source.config(name), dtype, "meta"), source.weights(name)
-
-    def weight(path: str) -> Tensor:
-        name = f"{path}.weight"
-        return plain(name, weights[name]).to(device)
-
-    taken = transformer_engine.convert(model, Linear, weight, scheme)
-    fill(model, weights, device, skip=tuple(taken))
-    return model.eval()
 
 
 def eager_dit(source: Source, name: ModelName, device: torch.device, dtype: torch.dtype) -> DiT:

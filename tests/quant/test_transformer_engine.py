@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -9,17 +10,23 @@ import torch
 from torch import nn
 
 from horsepower.quant import transformer_engine
-from horsepower.quant.scheme import TE, TE_BLOCK
+from horsepower.quant.scheme import TE, TE_BLOCK, TE_DELAYED
 from horsepower.runtime.engine import Engine
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit import Linear as DiTLinear
-from horsepower.runtime.source import te_dit
+from horsepower.runtime.presets import FOAL, FOAL_MODELS
+from horsepower.runtime.request import Request
+from horsepower.runtime.te_dit import TEDiT
 from models import TINY, random_inputs, random_model
+from recordings import relative_error
+
+CPU = torch.device("cpu")
 
 
 class Recipe:
-    pass
+    def __init__(self, **settings):
+        self.settings = settings
 
 
 class Float8CurrentScaling(Recipe):
@@ -30,69 +37,123 @@ class Float8BlockScaling(Recipe):
     pass
 
 
-@pytest.fixture
-def te(monkeypatch):
-    """As much of the package as is used; its layers multiply in 16 bits."""
-    inside = SimpleNamespace(recipe=None, made=[])
+class DelayedScaling(Recipe):
+    pass
+
+
+class Inside:
+    """What the stand-in knows of itself."""
+
+    def __init__(self):
+        self.recipe = self.recipe_of_weights = None
+        self.made = []
+        self.training = []  # layers that ran in that mode: whose scales move when the outermost autocast is left
 
     @contextmanager
-    def context(enabled, recipe):
+    def autocast(self, enabled, recipe):
         assert enabled
-        inside.recipe, before = recipe, inside.recipe
-        yield
-        inside.recipe = before
+        before, self.recipe = self.recipe, recipe
+        try:
+            yield
+        finally:
+            self.recipe = before
+            if before is None and torch.is_grad_enabled():
+                for layer in dict.fromkeys(self.training):
+                    layer.scales = [448 / (largest * 2 ** recipe.settings["margin"]) for largest in layer.largest]
+                    layer.moves += 1
 
+    @contextmanager
+    def quantized_model_init(self, enabled, recipe):
+        assert enabled
+        assert self.recipe_of_weights is None
+        self.recipe_of_weights = recipe
+        yield
+        self.recipe_of_weights = None
+
+
+def in_eight_bits(x, scale):
+    return ((x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() / scale).to(x.dtype)
+
+
+def layer_of(inside):
     class Linear(nn.Module):
+        """Delayed scaling rounds as the package does, by scales that move or not; others multiply in 16 bits."""
+
         def __init__(self, inputs, outputs, bias, params_dtype, device):
             super().__init__()
-            assert inside.recipe is not None, "weights of eight bits alone"
             assert not bias
             assert inputs % 16 == outputs % 16 == 0
+            assert not torch.is_grad_enabled()  # a weight of eight bits would be held twice
+            self.eight = inside.recipe_of_weights is not None
             self.weight = nn.Parameter(torch.full((outputs, inputs), torch.nan, dtype=params_dtype, device=device))
-            inside.made.append(type(inside.recipe).__name__)
+            self.scales, self.largest, self.moves = [1.0, 1.0], [2.0**-60, 2.0**-60], 0  # of inputs, of the weight
+            self.ran = 0
+            inside.made.append((type(inside.recipe_of_weights).__name__, self))
+
+        def get_extra_state(self):
+            return torch.tensor([*self.scales, *self.largest], dtype=torch.float64)
+
+        def set_extra_state(self, state):
+            *self.scales, a, b = state.tolist()
+            self.largest = [a, b]
+
+        def _load_from_state_dict(self, state_dict, prefix, *rest):
+            if self.eight and (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+                self.set_extra_state(state)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            if self.eight and state is not None:
+                self.weight.data = in_eight_bits(self.weight, self.scales[1])
 
         def forward(self, x):
             assert inside.recipe is not None, "within autocast"
             assert x.shape[0] % 16 == 0
-            assert not self.training or inside.training
-            return nn.functional.linear(x, self.weight)
+            assert not (self.training and self.eight), "weights of 16 bits while it learns"
+            assert not (torch.is_grad_enabled() and self.weight.requires_grad)
+            self.ran += 1
+            if not isinstance(inside.recipe, DelayedScaling):
+                return nn.functional.linear(x, self.weight)
+            if self.training:
+                inside.training.append(self)
+                pairs = zip(self.largest, (x, self.weight), strict=True)
+                self.largest = [max(old, float(new.abs().max())) for old, new in pairs]
+            weight = self.weight if self.eight else in_eight_bits(self.weight, self.scales[1])
+            return nn.functional.linear(in_eight_bits(x, self.scales[0]), weight)
 
+    return Linear
+
+
+@pytest.fixture
+def te(monkeypatch):
+    """As much of the package as is used."""
+    inside = Inside()
     package, pytorch, common = (ModuleType(name) for name in ("te", "te.pytorch", "te.common"))
-    pytorch.autocast = pytorch.quantized_model_init = context
-    pytorch.Linear = Linear
-    recipes = {"Float8CurrentScaling": Float8CurrentScaling, "Float8BlockScaling": Float8BlockScaling}
-    common.recipe = SimpleNamespace(**recipes)
+    pytorch.autocast, pytorch.quantized_model_init = inside.autocast, inside.quantized_model_init
+    pytorch.Linear = layer_of(inside)
+    recipes = (Float8CurrentScaling, Float8BlockScaling, DelayedScaling)
+    common.recipe = SimpleNamespace(**{recipe.__name__: recipe for recipe in recipes})
     package.pytorch = pytorch
     for name, module in (("", package), (".pytorch", pytorch), (".common", common)):
         monkeypatch.setitem(sys.modules, f"transformer_engine{name}", module)
-    inside.pytorch, inside.training = pytorch, False
+    inside.pytorch = pytorch
     return inside
 
 
-class Source:
-    """Weights of a model that is there."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def config(self, name):
-        return self.model.config
-
-    def weights(self, name):
-        return weights_of(self.model)
+def converted(model, scheme, *learned, learning=False):
+    return TEDiT(model.config, weights_of(model), CPU, torch.bfloat16, scheme, *learned, learning=learning)
 
 
 @pytest.mark.parametrize("scheme", [TE, TE_BLOCK.keeping(["block.layers.1.*"])], ids=["te", "te-block"])
 def test_every_layer_that_is_not_kept_is_the_library_s(te, scheme):
     """Experts, odd token counts, an empty modality; widths that are no multiple of 16."""
     model = random_model(TINY)
-    twin = te_dit(Source(model), "distill", torch.device("cpu"), torch.bfloat16, scheme)
+    twin = converted(model, scheme)
     kept = 4 if scheme.keep else 0
     left = [path for path, each in twin.named_modules() if type(each) is DiTLinear]
     assert left == [f"block.layers.1.{each}" for each in (
         "attention.linear_qkv", "attention.linear_proj", "mlp.up_gate_proj", "mlp.down_proj")][:kept]  # fmt: skip
-    assert set(te.made) == {transformer_engine.RECIPES[scheme.recipe]}
+    assert {recipe for recipe, _ in te.made} == {transformer_engine.RECIPES[scheme.recipe][0]}
     assert len(te.made) == 2 * 4 * 3 + (0 if kept else 4)
+    assert not any(each.training for each in twin.modules())
     for audio in (5, 0):
         given = (*random_inputs(TINY, 3, 3, audio, 4), 3)
         with torch.no_grad():
@@ -100,16 +161,92 @@ def test_every_layer_that_is_not_kept_is_the_library_s(te, scheme):
                 torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
 
 
-def test_scales_are_learned_while_calibrating_alone(te):
-    twin = te_dit(Source(random_model(TINY)), "distill", torch.device("cpu"), torch.bfloat16, TE)
-    te.training = True
-    layers = [each for each in twin.modules() if isinstance(each, te.pytorch.Linear)]
-    with transformer_engine.calibrating(twin):
-        assert all(layer.training for layer in layers)
-    assert not any(layer.training for layer in layers)
-    with pytest.raises(RuntimeError, match="stop"), transformer_engine.calibrating(twin):
-        raise RuntimeError("stop")
-    assert not any(layer.training for layer in layers)
+def test_scales_move_while_a_model_learns_and_then_stay(te):
+    model = random_model(TINY)
+    steps = [(*(size * x for x in random_inputs(TINY, 3, 3, 5, 4)[:3]), random_inputs(TINY, 3, 3, 5, 4)[3], 3)
+             for size in (1, 4, 1)]  # fmt: skip
+    learner = converted(model, TE_DELAYED, learning=True)
+    first, *_ = (layer for _, layer in te.made)
+    with torch.no_grad():
+        for i, step in enumerate(steps):
+            assert first.moves == i  # once a step, however many layers there are
+            learner(*step)
+    assert not any(layer.eight for _, layer in te.made)
+    assert all(layer.scales[0] == 448 / (2 * layer.largest[0]) != 1 for _, layer in te.made)
+    learned, count = learner.learned(), len(te.made)
+    frozen = converted(model, TE_DELAYED, learned)
+    layers = [layer for _, layer in te.made[count:]]
+    assert all(layer.eight and not layer.training for layer in layers)
+    before = [list(layer.scales) for layer in layers]
+    assert before == [layer.scales for _, layer in te.made[:count]]
+    with torch.no_grad():
+        got = frozen(*steps[0])
+        frozen(*(100 * x for x in steps[0][:3]), *steps[0][3:])
+        again, want = frozen(*steps[0]), model(*steps[0])
+    assert [layer.scales for layer in layers] == before
+    assert all(map(torch.equal, got, again))
+    assert all(0.01 < relative_error(one, other) < 0.1 for one, other in zip(got, want, strict=True))
+
+
+@pytest.fixture
+def hopper(te, monkeypatch):
+    """An engine of the preset, of two layers, for a GPU that the CPU plays."""
+    small = replace(FOAL, num_layers=2, hidden_size=64, head_dim=16, mm_layers=(0,), gelu7_layers=(0,))
+    monkeypatch.setattr("horsepower.runtime.foal.FOAL_MODELS", FOAL_MODELS | {"distill": small, "540p_sr": small})
+    monkeypatch.setattr("horsepower.runtime.asked.target_of", lambda device: "sm_90")
+    return Engine.from_pretrained("foal", device="cpu", scheme="te-delayed")
+
+
+HORSE, ROAD = (
+    Request(prompt=x, duration=0.2, resolution=(64, 32), num_inference_steps=2) for x in ("a horse", "a road")
+)
+
+
+def test_an_engine_is_calibrated_by_requests_and_by_nothing_else(te, hopper):
+    with pytest.raises(ValueError, match="scheme: got te-delayed before distill was calibrated, allowed: after Engine"):
+        hopper.run(HORSE)
+    assert not any(layer.ran for _, layer in te.made)
+    learners = [layer for _, layer in te.made]
+    hopper.calibrate([ROAD, HORSE])
+    assert all(layer.ran == layer.moves == 4 for layer in learners)  # two requests of two steps
+    first = hopper.run(HORSE)
+    layers = [layer for _, layer in te.made[len(learners) :]]
+    scales = [list(layer.scales) for layer in layers]
+    assert scales == [layer.scales for layer in learners]
+    assert all(layer.eight and layer.ran for layer in layers)
+    hopper.run(ROAD)
+    hopper._parts.forget("distill")  # as when it gives way to another part
+    again = hopper.run(HORSE)
+    assert torch.equal(first.video, again.video)
+    assert torch.equal(first.audio, again.audio)
+    assert scales == [layer.scales for _, layer in te.made[-len(scales) :]]
+    assert any(note.startswith("scheme: te-delayed") for note in again.notes)
+    wide = replace(HORSE, resolution="540p")
+    with pytest.raises(ValueError, match="scheme: got te-delayed before 540p_sr was calibrated"):
+        hopper.run(wide)
+    hopper.calibrate([ROAD])
+    hopper.run(HORSE)
+    assert scales != [layer.scales for _, layer in te.made[-len(scales) :]]  # of the road alone
+
+
+def test_what_a_calibration_refuses(hopper, monkeypatch):
+    for requests, message in (
+        ([], r"requests: got \[\], allowed: a list of them"),
+        (HORSE, "requests: got Request.*, allowed: a list of them"),
+        ([HORSE, "a horse"], "request: got str, allowed: a Request"),
+        ([replace(HORSE, guidance=2.0)], "guidance: got 2.0, allowed: None with the distilled model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hopper.calibrate(requests)
+    hopper.calibrate([HORSE])
+    first = hopper.run(HORSE)
+    monkeypatch.setattr("horsepower.runtime.engine.super_resolve", None)  # fails at the first clip that asks for it
+    with pytest.raises(TypeError):
+        hopper.calibrate([ROAD, replace(HORSE, resolution="540p")])
+    assert torch.equal(hopper.run(HORSE).video, first.video)  # what was known before stays
+    plain = Engine.from_pretrained("foal", device="cpu", mode="eager")
+    with pytest.raises(ValueError, match="calibrate: got an engine of scheme none, allowed: te-delayed"):
+        plain.calibrate([HORSE])
 
 
 def test_a_package_that_is_too_old(te):

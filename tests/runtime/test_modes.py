@@ -6,7 +6,7 @@ import torch
 from horsepower import Engine, Request
 from horsepower.bench import step
 from horsepower.bench.step import Tokens
-from horsepower.runtime import compiled, engine, memory
+from horsepower.runtime import asked, compiled, engine, memory
 from horsepower.runtime.foal import Foal
 from horsepower.runtime.fused import FusedDiT, conditioner, velocity_sizes
 from horsepower.runtime.presets import FOAL
@@ -21,19 +21,19 @@ def refuse(device):
 
 
 def test_a_gpu_without_kernels_runs_eager_and_says_so(monkeypatch):
-    monkeypatch.setattr(engine, "target_of", refuse)
+    monkeypatch.setattr(asked, "target_of", refuse)
     old = Engine.from_pretrained("foal")
     assert old.mode == "eager"
     note = "mode: eager, as there are no fused kernels; device: got cpu of capability 7.5, allowed: 8.0 or newer"
     assert note in old.run(REQUEST).notes
-    asked = Engine.from_pretrained("foal", mode="eager")
-    assert not [each for each in asked.run(REQUEST).notes if each.startswith("mode:")]
+    eager = Engine.from_pretrained("foal", mode="eager")
+    assert not [each for each in eager.run(REQUEST).notes if each.startswith("mode:")]
     with pytest.raises(ValueError, match="mode: got 'fused', allowed: eager on cpu; device: got cpu of capability 7.5"):
         Engine.from_pretrained("foal", mode="fused")
 
 
 def test_a_gpu_with_kernels_runs_its_own_plan(monkeypatch):
-    for module in (engine, compiled):
+    for module in (asked, compiled):
         monkeypatch.setattr(module, "target_of", lambda device: "sm_90")
     gpu = Engine.from_pretrained("foal")
     model, dit = gpu._planned("distill")[0], gpu._parts["distill"]
@@ -46,7 +46,7 @@ def test_a_gpu_with_kernels_runs_its_own_plan(monkeypatch):
 
 
 def test_memory_is_what_the_plan_states(monkeypatch):
-    for module in (engine, compiled):
+    for module in (asked, compiled):
         monkeypatch.setattr(module, "target_of", lambda device: "sm_90")
     gpu = Engine.from_pretrained("foal")
     plan, grid = gpu._planned("540p_sr")[1], Grid.of(896, 512, 126)

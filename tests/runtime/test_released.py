@@ -16,7 +16,7 @@ from horsepower.quant.scheme import SCHEMES
 from horsepower.runtime import memory
 from horsepower.runtime.convert import convert
 from horsepower.runtime.models import audio_vae, wan_vae
-from horsepower.runtime.quantised_checkpoint import quantised_names
+from horsepower.runtime.quantised_checkpoint import scales_of
 from horsepower.runtime.released import ReleasedFolder
 from horsepower.runtime.tokens import Grid
 from horsepower.stating import Options, stated
@@ -82,7 +82,7 @@ def test_a_quantised_model_beside_the_other_parts(converted, tmp_path, monkeypat
     engine = Engine.from_pretrained(where)
     assert engine.scheme == SCHEMES["fp8-weights"]
     assert engine.run(Request(resolution=(96, 64), **REQUEST)).video.any()
-    names = (quantised_names(engine._planned(name)[1]) for name in ("distill", "540p_sr"))
+    names = (scales_of(engine._planned(name)[1]) for name in ("distill", "540p_sr"))
     assert [*map(len, names)] == [20, 0]
     with pytest.raises(ValueError, match="variant: got distill, which is quantised already"):
         quantizing.quantise(None, str(where), quantizing.Options("fp8-weights"), "cpu", lambda line: None)
