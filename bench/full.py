@@ -4,34 +4,44 @@ Not all rungs have their weights in memory at one time. In each round the rungs 
 go makes them anew and warms up before it is timed.
 """
 
-import copy
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from horsepower.bench import step
-from horsepower.bench.ladder import LABELS, Rung, Velocity, best_rival, climbed, compile_cold, first_line, flat, speedup
+from horsepower.bench.ladder import (
+    LABELS,
+    RECIPES,
+    Rung,
+    Velocity,
+    best_rival,
+    climbed,
+    compile_cold,
+    first_line,
+    flat,
+    speedup,
+)
 from horsepower.bench.live import allocated_peak
 from horsepower.bench.measure import machine, seconds_of, turn
 from horsepower.bench.plot import Bar, bars
 from horsepower.bench.report import Cell, Figure, Paragraph, Part, Report, Table
+from horsepower.bench.seats import Modules, Planned, Pool, Seat, TransformerEngine
 from horsepower.bench.step import RandomWeights, Tokens
 from horsepower.graph.passes import Pass
-from horsepower.graph.plan import Plan
 from horsepower.kernels.target import target_of
 from horsepower.quant.scheme import Scheme
 from horsepower.runtime import memory
+from horsepower.runtime.calibration import calibrated, largest_inputs
 from horsepower.runtime.checkpoint import fill
 from horsepower.runtime.devices import free_bytes
-from horsepower.runtime.executor import Executor, weights_of
-from horsepower.runtime.fused import conditioner, plan_velocity, velocity_sizes
+from horsepower.runtime.executor import weights_of
+from horsepower.runtime.fused import conditioner, plan_velocity
 from horsepower.runtime.models.dit import Condition, DiT
 
 Say = Callable[[str], None]
@@ -55,95 +65,6 @@ class Options:
         allowed = [name for name in LABELS if name not in ("eager", "whole")]
         if wrong := [name for name in self.skip if name not in (*allowed, "whole")]:
             raise ValueError(f"skip: got {wrong[0]!r}, allowed: {', '.join(allowed)}")
-
-
-class Seat(Protocol):
-    """What holds weights on the device between `load` and `drop`."""
-
-    bytes: int  # that it holds at the most
-
-    def load(self) -> None: ...
-
-    def drop(self) -> None: ...
-
-
-class Modules:
-    """The model as it is written, and a twin whose layers torch.compile compiles; both have the same weights."""
-
-    def __init__(self, model: DiT, weights: Mapping[str, Tensor], device: torch.device):
-        """`model` is on the meta device."""
-        self.eager, self.regional = copy.deepcopy(model), copy.deepcopy(model)
-        for layer in self.regional.block.layers:
-            layer.compile(dynamic=False)
-        self._weights, self._device = weights, device
-        self.bytes = sum(x.nbytes for x in weights_of(model).values())
-
-    def load(self) -> None:
-        values = dict(self._weights)
-        for each in (self.eager, self.regional):
-            fill(each, values, self._device)
-
-    def drop(self) -> None:
-        for each in (self.eager, self.regional):
-            each.to("meta")
-
-
-class Planned:
-    """A plan and, at times, its executor."""
-
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], tokens: Tokens):
-        self._plan, self._weights = plan, weights
-        self._run: Executor | None = None
-        self.bytes = plan.weight_bytes + plan.at(velocity_sizes(tokens.counts, tokens.frames)).peak
-
-    def load(self) -> None:
-        self._run = Executor(self._plan, self._weights)
-
-    def drop(self) -> None:
-        self._run = None
-
-    def velocity(self, *inputs: Any) -> Any:
-        assert self._run is not None
-        return self._run(*inputs)
-
-
-class Pool:
-    """The seats that are loaded: as many as memory holds; who sat longest without a turn goes first."""
-
-    def __init__(self, capacity: int):
-        self._capacity = capacity
-        self._loaded: list[Seat] = []
-
-    def take(self, seat: Seat, beside: int) -> bool:
-        """Load a seat, with `beside` bytes left to run it; False if it was there. Raises ValueError if it cannot be."""
-        if (missing := seat.bytes + beside - self._capacity) > 0:
-            raise ValueError(
-                f"device: got {self._capacity / 2**30:.1f} GiB free, allowed: at least "
-                f"{(seat.bytes + beside) / 2**30:.1f}; {missing / 2**30:.1f} GiB are missing"
-            )
-        there = seat in self._loaded
-        if there:
-            self._loaded.remove(seat)
-        while self._loaded and sum(each.bytes for each in (*self._loaded, seat)) + beside > self._capacity:
-            self._drop(self._loaded.pop(0))
-        if not there:
-            seat.load()
-        self._loaded.append(seat)
-        return not there
-
-    def beside(self, seat: Seat) -> int:
-        """Bytes of the others that are loaded."""
-        return sum(each.bytes for each in self._loaded if each is not seat)
-
-    def clear(self) -> None:
-        while self._loaded:
-            self._drop(self._loaded.pop())
-
-    def _drop(self, seat: Seat) -> None:
-        seat.drop()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 @dataclass
@@ -177,8 +98,9 @@ def measure(
     part = conditioner(model, weights, device)
     inputs, sample = (step.inputs(part, each) for each in (options.tokens, options.tokens.scaled(SAMPLE)))
     say("computing a sample in float64")
-    exact = flat(exact_velocity(model, weights, sample))
-    ways = list(_ways(model, weights, options, device, say))
+    velocity, largest = exact_velocity(model, weights, sample)
+    exact = flat(velocity)
+    ways = _ways(model, weights, inputs, largest, options, device, say)
     pool = Pool(free_bytes(device) - SPARE if capacity is None else capacity)
     for i in range(options.rounds):
         say(f"round {i + 1} of {options.rounds}")
@@ -191,35 +113,54 @@ def measure(
                         each.warm = each.warm and each.seat is not way.seat
                 _turn(way, inputs, sample, exact, partial(_peak, device=device, seat=way.seat, pool=pool))
             except Exception as error:  # memory that is not there, a compiler that fails: the row says so
-                way.rung = replace(way.rung, failed=f"{type(error).__name__}: {first_line(error)}")
+                way.rung = replace(way.rung, failed=_said(error))
             if way.rung.failed:
                 pool.clear()  # out here, where the error holds no tensors
     return [way.rung if way.rung.failed else replace(way.rung, seconds=tuple(way.seconds)) for way in ways]
 
 
 def _ways(
-    model: DiT, weights: Mapping[str, Tensor], options: Options, device: torch.device, say: Say
-) -> list[Way]:  # fmt: skip
-    """All rungs, nothing loaded yet; the plans are made."""
-    modules = Modules(model, weights, device)
+    model: DiT,
+    weights: Mapping[str, Tensor],
+    inputs: tuple[Any, ...],
+    largest: Mapping[str, Tensor],
+    options: Options,
+    device: torch.device,
+    say: Say,
+) -> list[Way]:
+    """All rungs, nothing loaded yet; the plans are made. What cannot be made says so, and the others go on."""
+    modules, target = Modules(model, weights, device), target_of(device)
     beside = memory.activation_bytes(model.config, options.tokens.grid, options.tokens.text)
     ways = [Way("eager", modules, modules.eager.velocity, beside)]
     if "regional" not in options.skip:
         ways.append(Way("regional", modules, modules.regional.velocity, beside))
-    for key, passes, scheme in climbed(options.skip, target_of(device)):
+
+    def engine(scheme: Scheme) -> Way:
+        seat = TransformerEngine(model, weights, device, scheme, inputs)
+        return Way(scheme.name, seat, seat.velocity, beside)
+
+    def planned(key: str, passes: tuple[Pass, ...], scheme: Scheme | None) -> Way:
         say(f"planning {LABELS[key]}")
-        plan, seconds = _planned(model, passes, scheme, device)
-        seat = Planned(plan, weights, options.tokens)
-        ways.append(Way(key, seat, seat.velocity, 0, seconds))
+        chosen = calibrated(scheme, largest) if scheme is not None and scheme.inputs == "tensor" else scheme
+        start = time.perf_counter()
+        plan = plan_velocity(model, device, False, passes, cache=False, scheme=chosen)
+        seat, seconds = Planned(plan, weights, options.tokens), time.perf_counter() - start
+        return Way(key, seat, seat.velocity, 0, seconds)
+
+    recipes = [scheme for scheme in RECIPES if target in scheme.targets and scheme.name not in options.skip]
+    makes = {scheme.name: partial(engine, scheme) for scheme in recipes}
+    makes |= {each[0]: partial(planned, *each) for each in climbed(options.skip, target)}
+    for key, make in makes.items():
+        try:
+            ways.append(make())
+        except Exception as error:
+            ways.append(Way(key, modules, modules.eager.velocity, 0))
+            ways[-1].rung = Rung(key, failed=_said(error))
     return ways
 
 
-def _planned(
-    model: DiT, passes: tuple[Pass, ...], scheme: Scheme | None, device: torch.device
-) -> tuple[Plan, float]:  # fmt: skip
-    start = time.perf_counter()
-    plan = plan_velocity(model, device, False, passes, cache=False, scheme=scheme)
-    return plan, time.perf_counter() - start
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _turn(
@@ -266,8 +207,13 @@ def _peak(run: Callable[[], Any], device: torch.device, seat: Seat, pool: Pool) 
 
 
 @torch.no_grad()
-def exact_velocity(model: DiT, weights: Mapping[str, Tensor], inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """`velocity` with the same weights in float64, of which one layer's are there at a time."""
+def exact_velocity(
+    model: DiT, weights: Mapping[str, Tensor], inputs: Sequence[Any]
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """`velocity` with the same weights in float64, of which one layer's are there at a time.
+
+    And the largest input of each linear layer, as `largest_inputs`.
+    """
     video, audio, condition, frames = inputs
     exact = DiT(replace(model.config, params_dtype=torch.float64), torch.float64, "meta")
 
@@ -286,7 +232,8 @@ def exact_velocity(model: DiT, weights: Mapping[str, Tensor], inputs: Sequence[A
         if name.startswith(("adapter.", "final_")) or module in {*exact.block.layers}:
             watch(module, name)
     wide = Condition(condition.text.double(), condition.rope.double())
-    return exact.velocity(video.double(), audio.double(), wide, frames)
+    with largest_inputs(exact) as largest:
+        return exact.velocity(video.double(), audio.double(), wide, frames), largest
 
 
 COLUMNS = (
@@ -304,7 +251,8 @@ def report(title: str, options: Options, rungs: Sequence[Rung], where: str) -> R
         "compile s: planning and the first run, Triton's compilation in it; of torch.compile from an empty cache. "
         "peak GiB: weights, arena and what a run takes beside them.\n"
         f"error: relative L2 of a step of {sample.total} tokens ({sample}, {sample.frames} frames) against the same "
-        "weights in float64, a layer at a time. torch.compile is not compared: another length compiles anew."
+        "weights in float64, a layer at a time. torch.compile is not compared: another length compiles anew.\n"
+        "fp8-tensor: scales calibrated on that step; te-delayed: on the one that is timed. te: Transformer Engine."
     )
     rows = tuple(_row(rung, rungs[0], best_rival(rungs)) for rung in rungs)
     ran = [(rung, speedup([rungs[0]], [rung])) for rung in rungs if rung.seconds and rungs[0].seconds]

@@ -26,7 +26,7 @@ from horsepower.bench.report import Cell, Figure, Paragraph, Report, Table
 from horsepower.bench.step import Tokens, inputs
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.kernels.native_library import ISAS
-from horsepower.quant.scheme import FP8, FP8_WEIGHTS, Scheme
+from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK, TE_DELAYED, Scheme
 from horsepower.runtime.compiled import Compiled
 from horsepower.runtime.foal import generate
 from horsepower.runtime.fused import compile_velocity
@@ -38,16 +38,18 @@ Velocity = Callable[..., Any]
 Say = Callable[[str], None]
 
 FUSIONS = tuple(each for each in PASSES if each.__name__.startswith("fuse_"))
+SCHEMES = (FP8_WEIGHTS, FP8_TENSOR, FP8)  # of plans
+RECIPES = (TE, TE_BLOCK, TE_DELAYED)  # of Transformer Engine, in the place of a plan
 LABELS = {
     "eager": "eager",
     "whole": "torch.compile, whole",
     "regional": "torch.compile, each layer",
+    **{scheme.name: f"eager, {scheme.name}" for scheme in RECIPES},
     "plan": "plan without fusion",
     **{each.__name__: f"+ {each.__name__}" for each in FUSIONS},
 }
 ALL = FUSIONS[-1].__name__
 LABELS[ALL] += " (all)"
-SCHEMES = (FP8_WEIGHTS, FP8)
 LABELS |= {scheme.name: f"all, {scheme.name}" for scheme in SCHEMES}
 
 
@@ -181,7 +183,10 @@ def _call(run: Velocity, inputs: tuple[Any, ...]) -> Callable[[], Any]:
 
 
 def climbed(skip: Sequence[str], target: str) -> Iterator[tuple[str, tuple[Pass, ...], Scheme | None]]:
-    """Each plan's key and passes: all that are no fusion, and one fusion more each time; then under each scheme."""
+    """Each plan's key and passes: all that are no fusion, and one fusion more each time; then under each scheme.
+
+    Schemes are as they are: who makes the plan calibrates them.
+    """
     for i, key in enumerate(("plan", *(each.__name__ for each in FUSIONS))):
         if key not in skip:
             yield key, tuple(each for each in PASSES if each not in FUSIONS[i:]), None

@@ -1,25 +1,40 @@
 """The ladder of a model of any size, on a CPU that stands for the GPU."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import transformer_engine_twin
 
-from horsepower.bench import full, step
-from horsepower.bench.full import Modules, Options, Planned, Pool, climb, exact_velocity, measure
+from horsepower.bench import full, ladder, step
+from horsepower.bench.full import Options, climb, exact_velocity, measure
 from horsepower.bench.ladder import LABELS, Rung, flat
 from horsepower.bench.live import live_peak
 from horsepower.bench.report import Figure, Table
+from horsepower.bench.seats import Modules, Planned, Pool, TransformerEngine
 from horsepower.bench.step import RandomWeights, Tokens
+from horsepower.graph.passes import PASSES
+from horsepower.graph.passes.lower import lower
+from horsepower.quant.scheme import TE, TE_DELAYED
+from horsepower.runtime import compiled
+from horsepower.runtime.calibration import largest_inputs
 from horsepower.runtime.checkpoint import fill
+from horsepower.runtime.executor import weights_of
 from horsepower.runtime.fused import plan_velocity
 from horsepower.runtime.models.dit import DiT
 from models import TINY
 
 CPU = torch.device("cpu")
 META = DiT(replace(TINY, hidden_size=128, head_dim=32), device="meta")
+ONE = DiT(replace(META.config, num_layers=1, mm_layers=(), gelu7_layers=()), device="meta")
 PLANS = ("plan", "fuse_gate", "fuse_qkv", "fuse_activation", "fp8-weights")
 QUICK = Options(Tokens(12, 5, 4, 2), rounds=3, skip=("regional", *PLANS[1:]))
+
+
+@pytest.fixture
+def te(monkeypatch):
+    return transformer_engine_twin.install(monkeypatch)
 
 
 @pytest.fixture
@@ -86,6 +101,76 @@ def test_a_rung_that_fails_is_told_and_the_others_go_on(monkeypatch):
     assert (fused.failed, len(fused.seconds)) == ("", 3)
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """The CPU plays a GPU whose kernels are the plain operators."""
+    for module in (full, compiled):
+        monkeypatch.setattr(module, "target_of", lambda device: "sm_90")
+    plain = tuple(each for each in PASSES if each is not lower)
+    monkeypatch.setattr(ladder, "PASSES", plain)
+
+
+EIGHT = ["fp8-weights", "fp8-tensor", "fp8"]
+ENGINES = ["te", "te-block", "te-delayed"]
+FUSIONS = tuple(key for key in PLANS if key not in EIGHT)
+
+
+def test_all_schemes_climb_on_a_hopper_without_transformer_engine(hopper, loads, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
+    skip = ("regional", "fuse_add_norm", *FUSIONS)
+    rungs = {rung.key: rung for rung in measure(ONE, replace(QUICK, skip=skip), CPU)}
+    assert list(rungs) == ["eager", *ENGINES, *EIGHT]
+    for key, rung in rungs.items():
+        assert (rung.failed == "") == (len(rung.seconds) == 3) == (key not in ENGINES)
+    assert all("allowed: where Transformer Engine is installed" in rungs[key].failed for key in ENGINES)
+    assert all(0.01 < rungs[key].error < 0.15 for key in EIGHT)
+    assert loads == ["load Modules", *["load Planned"] * 3]  # nobody gave way for what is not there
+    table = next(part for part in full.report("", QUICK, [*rungs.values()], "").parts if isinstance(part, Table))
+    assert [row[0] for row in table.rows if "installed" in row[-1]] == [LABELS[key] for key in ENGINES]
+
+
+def test_transformer_engine_climbs_in_the_same_rounds(hopper, te):
+    skip = ("regional", "fuse_add_norm", *FUSIONS, *EIGHT)
+    rungs = plain, *engines = measure(META, replace(QUICK, skip=skip), CPU)
+    assert [rung.key for rung in rungs] == ["eager", *ENGINES]
+    assert all(len(rung.seconds) == 3 and not rung.failed for rung in rungs)
+    assert all(rung.error < 1.1 * plain.error for rung in engines[:2])  # the stand-in has 16 bits
+    assert 0.01 < engines[2].error < 0.15
+    learners = [layer for _, layer in te.made if not layer.eight]
+    assert len(learners) == 2 * 4 * 3 + 4
+    assert {layer.ran for layer in learners} == {2}
+
+
+def test_what_transformer_engine_holds_and_that_it_learns_once(te):
+    weights, given = RandomWeights(META, CPU), step.inputs(filled(), QUICK.tokens)
+    for scheme in (TE, TE_DELAYED):
+        seat = TransformerEngine(META, weights, CPU, scheme, given)
+        wide = sum(x.nbytes for x in weights_of(META).values())
+        linear = sum(x.numel() for name, x in META.named_parameters() if x.dtype == torch.bfloat16)
+        assert seat.bytes == (wide if scheme is TE_DELAYED else wide - linear)
+        with torch.no_grad():
+            for _ in range(2):
+                seat.load()
+                assert seat.bytes == wide - linear
+                assert all(x.isfinite().all() for x in seat.velocity(*given))
+                seat.drop()
+    assert sum(not layer.eight for _, layer in te.made) == 28
+
+
+def test_a_plan_that_cannot_be_made_says_so(monkeypatch):
+    plan = full.plan_velocity
+
+    def fail(model, device, strict, passes, **how):
+        if passes == ladder.PASSES:
+            raise ValueError("no plan\nat all")
+        return plan(model, device, strict, passes, **how)
+
+    monkeypatch.setattr(full, "plan_velocity", fail)
+    eager, first, last = measure(ONE, QUICK, CPU)
+    assert (eager.failed, first.failed, last.failed) == ("", "", "ValueError: no plan")
+    assert [len(rung.seconds) for rung in (eager, first, last)] == [3, 3, 0]
+
+
 class Chair:
     def __init__(self, size, events):
         self.bytes, self._events = size, events
@@ -140,10 +225,14 @@ def test_seats_hold_what_they_state():
     assert all(x.is_meta for each in (modules.eager, modules.regional) for x in each.state_dict().values())
 
 
-def test_float64_comes_a_layer_at_a_time():
-    weights = RandomWeights(META, CPU)
+def filled():
     whole = DiT(META.config, device="meta")
-    fill(whole, weights, CPU)
+    fill(whole, RandomWeights(META, CPU), CPU)
+    return whole
+
+
+def test_float64_comes_a_layer_at_a_time():
+    weights, whole = RandomWeights(META, CPU), filled()
     given = step.inputs(whole, QUICK.tokens)
     exact = DiT(replace(META.config, params_dtype=torch.float64), torch.float64, "meta")
     fill(exact, {name: x.double() for name, x in whole.state_dict().items()}, CPU)
@@ -152,7 +241,11 @@ def test_float64_comes_a_layer_at_a_time():
         wanted = exact.velocity(*wide[:2], type(given[2])(*wide[2:]), given[3])
         got = []
         held = live_peak(lambda: got.extend(exact_velocity(META, weights, given)))
-    assert torch.equal(flat(got), flat(wanted))
+        with largest_inputs(exact) as largest:
+            exact.velocity(*wide[:2], type(given[2])(*wide[2:]), given[3])
+    assert torch.equal(flat(got[0]), flat(wanted))
+    assert got[1] == largest
+    assert len(largest) == 12
     assert held < 0.7 * sum(x.nbytes for x in exact.state_dict().values())
 
 

@@ -27,7 +27,7 @@ from horsepower.runtime.presets import FOAL
 from models import TINY, VARIANTS, random_inputs, random_model
 
 CONFIG = replace(TINY, hidden_size=128, head_dim=32)
-PRESET = replace(FOAL, num_layers=3, mm_layers=(0, 2), gelu7_layers=(0,))
+PRESET = replace(FOAL, num_layers=2, mm_layers=(0,), gelu7_layers=(0,))
 WHOLE = [each for each in PASSES if each is not lower]
 LEAVES = ("attention.linear_qkv", "attention.linear_proj", "mlp.up_gate_proj", "mlp.down_proj")
 
@@ -175,7 +175,7 @@ def compared(model, scheme, monkeypatch, only=WHOLE):
         read = {
             each.layer: each for each in (Read(plan, env, call) for call in calls) if each["weight_scale"] is not None
         }
-        assert len(read) == 12
+        assert len(read) == 4 * model.config.num_layers
         watched = Calibration(model, scheme, 25)
 
         def run(*_):
@@ -216,4 +216,4 @@ def test_what_is_measured_is_what_the_plan_multiplies(scheme, monkeypatch):
 def test_a_quantiser_that_moved_is_seen(monkeypatch):
     only = [each for each in WHOLE if each is not quantise_in_producer]
     with pytest.raises(AssertionError, match=r"linear_qkv is quantised by horsepower\.quantise"):
-        compared(random_model(PRESET), FP8, monkeypatch, only)
+        compared(random_model(replace(PRESET, num_layers=1)), FP8, monkeypatch, only)
