@@ -21,7 +21,7 @@ RECIPES: Mapping[str, tuple[str, dict[str, Any]]] = {
     # Room for twice what was seen: later inputs are others, and nothing moves then (`runtime/calibration.py`).
     "delayed": ("DelayedScaling", {"margin": 1}),
 }
-MULTIPLE = 16  # of rows and columns
+MULTIPLES = {"current": 16, "block": 128, "delayed": 16}  # of rows and columns
 
 # What the layers of a model learned, as the library gives it: of each layer by its path, of each of its experts.
 Learned: TypeAlias = Mapping[str, Sequence[Tensor]]
@@ -64,14 +64,23 @@ class Linear(nn.Module):
 
     @torch.no_grad()  # with gradients a weight would be held transposed as well
     def __init__(
-        self, weight: Tensor, experts: int, recipe: Any, learned: Sequence[Tensor] | None = None, learning: bool = False
+        self,
+        weight: Tensor,
+        experts: int,
+        recipe: Any,
+        multiple: int,
+        learned: Sequence[Tensor] | None = None,
+        learning: bool = False,
     ):
-        """weight [experts * O, I], bfloat16, on the device to run on; learned: by each expert, if the recipe learns."""
+        """weight [experts * O, I], bfloat16, on the device to run on; multiple: to which rows and columns are padded.
+
+        learned: by each expert, if the recipe learns.
+        """
         super().__init__()
         te = library()
         rows, self._inputs = weight.shape
-        self._outputs = rows // experts
-        inputs, outputs = self._inputs + -self._inputs % MULTIPLE, self._outputs + -self._outputs % MULTIPLE
+        self._outputs, self._multiple = rows // experts, multiple
+        inputs, outputs = self._inputs + -self._inputs % multiple, self._outputs + -self._outputs % multiple
         with ExitStack() as eight:
             if not learning:
                 eight.enter_context(te.quantized_model_init(enabled=True, recipe=recipe))
@@ -101,7 +110,7 @@ class Linear(nn.Module):
     def _product(self, part: nn.Module, x: Tensor) -> Tensor:
         if not x.shape[0]:
             return x.new_empty(0, self._outputs)
-        padded = F.pad(x, (0, -self._inputs % MULTIPLE, 0, -x.shape[0] % MULTIPLE))
+        padded = F.pad(x, (0, -self._inputs % self._multiple, 0, -x.shape[0] % self._multiple))
         y: Tensor = part(padded)
         return y[: x.shape[0], : self._outputs]
 
@@ -120,13 +129,14 @@ def convert(
     with or, unless it goes on `learning`, to stay with. Returns the paths of those replaced.
     Raises ValueError as `library`.
     """
-    recipe = recipe_of(scheme)
+    assert scheme.recipe is not None
+    recipe, multiple = recipe_of(scheme), MULTIPLES[scheme.recipe]
     layers = [(path, each) for path, each in module.named_modules() if isinstance(each, kind)]
     taken = [(path, each) for path, each in layers if not scheme.keeps(path)]
     for path, layer in taken:
         owner, _, name = path.rpartition(".")
         scales = None if learned is None else learned[path]
-        made = Linear(weight(path), int(layer.experts), recipe, scales, learning)  # type: ignore[arg-type]
+        made = Linear(weight(path), int(layer.experts), recipe, multiple, scales, learning)  # type: ignore[arg-type]
         setattr(module.get_submodule(owner), name, made)
     module.train(learning)  # whose scales the library moves
     return [path for path, _ in taken]

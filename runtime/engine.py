@@ -1,5 +1,6 @@
 """The one door: `Engine.from_pretrained(...).run(request)`."""
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -217,6 +218,7 @@ class Engine:
     def _forget_models(self) -> None:
         for name in MODELS:
             self._parts.forget(name)
+        gc.collect()  # models may refer to themselves
 
     @contextmanager
     def _turn(self, cancel: threading.Event | None) -> Iterator[None]:

@@ -66,7 +66,8 @@ def layer_of(inside):
         def __init__(self, inputs, outputs, bias, params_dtype, device):
             super().__init__()
             assert not bias
-            assert inputs % 16 == outputs % 16 == 0
+            multiple = 128 if isinstance(inside.recipe_of_weights, Float8BlockScaling) else 16
+            assert inputs % multiple == outputs % multiple == 0
             assert not torch.is_grad_enabled()  # a weight of eight bits would be held twice
             self.eight = inside.recipe_of_weights is not None
             self.weight = nn.Parameter(torch.full((outputs, inputs), torch.nan, dtype=params_dtype, device=device))
@@ -90,7 +91,7 @@ def layer_of(inside):
 
         def forward(self, x):
             assert inside.recipe is not None, "within autocast"
-            assert x.shape[0] % 16 == 0
+            assert x.shape[0] % (128 if isinstance(inside.recipe, Float8BlockScaling) else 16) == 0
             assert not (self.training and self.eight), "weights of 16 bits while it learns"
             assert not (torch.is_grad_enabled() and self.weight.requires_grad)
             self.ran += 1
