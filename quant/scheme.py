@@ -29,7 +29,7 @@ class Scheme:
     # The same of inputs, a token or all of them, so that the product is of eight bits; None leaves them as they are.
     inputs: Literal["token", "tensor"] | None = None
     attention: bool = False  # whether queries, keys, values and the weights of these are of eight bits too
-    keep: tuple[str, ...] = ()  # patterns (`block.layers.0.*`) of layers that stay as they are
+    keep: tuple[str, ...] = ()  # patterns (`block.layers.0.*`) of layers, and of attention, that stay as they are
     largest: tuple[tuple[str, float], ...] = ()  # layer, largest input when it was calibrated, for scales of all tokens
     recipe: Literal["current", "block", "delayed"] | None = None  # Transformer Engine's, in the place of a plan
 

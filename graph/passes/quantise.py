@@ -25,7 +25,7 @@ LINEARS = (
     ops.linear_qk_norm_rope.default,
     ops.linear_add_rms_norm.default,
 )
-QUANTISE = ops.quantise.default
+QUANTISE, ATTENTION = ops.quantise.default, ops.attention.default
 PAD = ops.pad_weight.default
 RECIPES = (PAD, ops.pair_heads.default)
 COLUMNS = 16  # of which rows of codes must be a multiple on a GPU
@@ -75,6 +75,8 @@ def _check_keep(graph: Graph, scheme: Scheme) -> None:
     """Raises ValueError for a pattern that keeps nothing: a slip would otherwise quantise what was to be kept."""
     products = (node for node in graph.nodes.nodes if node.target in (*LINEARS, aten.linear.default))
     layers = [layer_of(_parameter(args_of(node)[1])) for node in products]
+    if scheme.attention:
+        layers += [str(node.meta["module"]) for node in graph.nodes.nodes if node.target is ATTENTION]
     for pattern in scheme.keep:
         if not any(replace(scheme, keep=(pattern,)).keeps(layer) for layer in layers):
             raise ValueError(f"keep: got {pattern!r}, allowed: patterns of linear layers, such as {layers[:2]}")

@@ -11,11 +11,12 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, dtype_of
-from horsepower.graph.passes.quantise import operand
-from horsepower.graph.passes.quantise_in_producer import ATTENTION, QKV, values_of
+from horsepower.graph.passes.quantise import ATTENTION, operand
+from horsepower.graph.passes.quantise_in_producer import QKV, values_of
 from horsepower.kernels.attention import HEADS_OF_CODES
 from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.ops import ops
+from horsepower.quant.scheme import Scheme
 
 aten = torch.ops.aten
 
@@ -24,15 +25,17 @@ def quantise_attention(graph: Graph) -> None:
     if graph.scheme is None or not graph.scheme.attention:
         return
     for node in [each for each in graph.nodes.nodes if each.target is ATTENTION]:
-        if reason := _refusal(node):
+        if reason := _refusal(graph.scheme, node):
             graph.refuse("quantise_attention", node, reason)
         else:
             graph.take("quantise_attention", _quantise(graph, node))
 
 
-def _refusal(node: fx.Node) -> str | None:
+def _refusal(scheme: Scheme, node: fx.Node) -> str | None:
     """Why attention stays as it is, or None."""
     q, k, v = args_of(node)[:3]
+    if pattern := scheme.keeps(str(node.meta["module"])):
+        return f"kept: {pattern}"
     if node.meta["val"].ndim != 3:
         return "attention over a batch has no kernel of eight bits"
     if (D := node.meta["val"].shape[-1]) not in HEADS_OF_CODES:

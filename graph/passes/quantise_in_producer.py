@@ -12,13 +12,13 @@ import torch
 from torch import fx
 
 from horsepower.graph.graph import Graph, args_of, is_view
-from horsepower.graph.passes.quantise import LINEARS, QUANTISE, operand
+from horsepower.graph.passes.quantise import ATTENTION, LINEARS, QUANTISE, operand
 from horsepower.kernels.activation import FP8_GAINS
 from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.ops import ops
 
 aten = torch.ops.aten
-ATTENTION, QKV = ops.attention.default, ops.linear_qk_norm_rope.default
+QKV = ops.linear_qk_norm_rope.default
 # Norms after an addition, and their twins that quantise.
 SUMS = {
     ops.add_rms_norm.default: ops.add_rms_norm_quantise.default,

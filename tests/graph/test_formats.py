@@ -47,7 +47,7 @@ def test_attention_is_spoken_of_where_the_scheme_has_it_in_eight_bits():
         assert (one.call, one.weight, one.input, one.scales) == ("attention", "", "e4m3", "static")
         assert (one.quantiser, one.kept) == (f"{maker}, transpose_to_codes", "")
         assert (kept.input, kept.scales, kept.quantiser) == ("bfloat16", "", "")
-        assert kept.kept == "its projection stays as it is"
+        assert kept.kept == "kept: block.layers.0.*"
 
 
 def test_what_the_cpu_computes_is_read_off_the_lowered_graph():

@@ -74,8 +74,15 @@ def test_the_switch_composes_with_scales_a_tensor():
 
 
 def test_attention_of_layers_that_are_kept_stays():
-    plan = run(random_model(CONFIG), FP8_ATTENTION.keeping(["block.layers.1.*"])).plan
-    assert reasons(plan) == {None: CONFIG.num_layers - 1, "its projection stays as it is": 1}
+    for pattern, reason in (
+        ("block.layers.1.*", "kept: block.layers.1.*"),
+        ("block.layers.1.attention", "kept: block.layers.1.attention"),
+        ("block.layers.1.attention.linear_qkv", "its projection stays as it is"),
+    ):
+        plan = run(random_model(CONFIG), FP8_ATTENTION.keeping([pattern])).plan
+        assert reasons(plan) == {None: CONFIG.num_layers - 1, reason: 1}
+    with pytest.raises(ValueError, match="keep: got 'block.layers.1.attention', allowed: patterns of linear layers"):
+        run(random_model(CONFIG), FP8.keeping(["block.layers.1.attention"]))
 
 
 def test_heads_that_no_kernel_takes():
