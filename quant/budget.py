@@ -67,6 +67,11 @@ def _relative(products: Sequence[Tensor], rows: Rows, weight: Tensor, experts: i
             length += exact.square().sum()
             for distance, got in zip(distances, products, strict=True):
                 distance += (got[part, at : at + step].double() - exact).square().sum()
+    return relative(distances, length)
+
+
+def relative(distances: Sequence[Tensor], length: Tensor) -> list[float]:
+    """Roots of squared distances in multiples of that of a squared length; infinite where they are no numbers."""
     errors = [float((distance / length).sqrt()) if length or distance else 0.0 for distance in distances]
     return [error if math.isfinite(error) else math.inf for error in errors]
 

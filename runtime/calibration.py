@@ -1,4 +1,4 @@
-"""The error of each linear layer of a DiT on what it reads in real denoising steps.
+"""The error of each linear layer of a DiT, and of attention, on what it reads in real denoising steps.
 
 The model runs as it is written, in 16 bits. Hooks take a sample of the rows that pass, quantise them as the plan does
 (`graph/passes/quantise.py`, `quantise_in_producer.py`) with the plan's own ops, and measure at once: nothing is kept.
@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from horsepower.kernels.activation import ACTIVATION, FP8_GAINS
 from horsepower.kernels.float8 import E4M3, LARGEST, LEAST, codes_of
+from horsepower.kernels.head_bound import HEAD_BOUND
 from horsepower.kernels.quantise import QUANTISE
 from horsepower.kernels.to_codes import TO_CODES
 from horsepower.kernels.value_bound import VALUE_BOUND
+from horsepower.quant.attention_error import Heads, attention_error
 from horsepower.quant.budget import ProductError, Rows, product_error
 from horsepower.quant.quantised import quantise
 from horsepower.quant.sampling import sample
 from horsepower.quant.scheme import Scheme
-from horsepower.runtime.models.dit import MLP, Attention, Counts, DiT, Linear, gelu7, widen
+from horsepower.runtime.models.dit import MLP, Attention, Counts, DiT, Linear, gelu7, rotate, widen
 
 ROWS = 256  # of a step
 
@@ -72,30 +75,36 @@ class Calibration:
         self._generator = torch.Generator().manual_seed(seed)
         self._at = torch.empty(0, dtype=torch.long)
         self._counts: Counts = (0, 0, 0)
+        self._rope, self._frames = torch.empty(0), 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Measure in each step that the model does meanwhile."""
         handles = [self._model.block.register_forward_pre_hook(self._begin)]
         for path, module in self._model.named_modules():
-            if self._scheme.inputs == "tensor":
-                if isinstance(module, Linear):
-                    handles.append(module.register_forward_pre_hook(partial(self._frozen, path)))
-            elif isinstance(module, Attention):
-                normed = partial(self._normed, f"{path}.linear_qkv", module.linear_qkv)
-                attended = partial(self._attended, f"{path}.linear_proj", module)
-                handles.append(module.pre_norm.register_forward_hook(normed))
-                handles.append(module.linear_proj.register_forward_pre_hook(attended))
-            elif isinstance(module, MLP):
-                normed = partial(self._normed, f"{path}.up_gate_proj", module.up_gate_proj)
-                activated = partial(self._activated, f"{path}.down_proj", module)
-                handles.append(module.pre_norm.register_forward_hook(normed))
-                handles.append(module.up_gate_proj.register_forward_hook(activated))
+            handles += self._watch(path, module)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _watch(self, path: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        """What sees a module's layers read."""
+        if self._scheme.attention and isinstance(module, Attention):
+            yield module.register_forward_pre_hook(self._attend)
+            yield module.linear_qkv.register_forward_hook(partial(self._attention, path, module))
+        if self._scheme.inputs == "tensor":
+            if isinstance(module, Linear):
+                yield module.register_forward_pre_hook(partial(self._frozen, path))
+        elif isinstance(module, Attention):
+            normed = partial(self._normed, f"{path}.linear_qkv", module.linear_qkv)
+            yield module.pre_norm.register_forward_hook(normed)
+            yield module.linear_proj.register_forward_pre_hook(partial(self._attended, f"{path}.linear_proj", module))
+        elif isinstance(module, MLP):
+            normed = partial(self._normed, f"{path}.up_gate_proj", module.up_gate_proj)
+            yield module.pre_norm.register_forward_hook(normed)
+            yield module.up_gate_proj.register_forward_hook(partial(self._activated, f"{path}.down_proj", module))
 
     def _begin(self, _: nn.Module, given: tuple[Any, ...]) -> None:
         """A step: choose its rows."""
@@ -114,13 +123,30 @@ class Calibration:
         codes = ACTIVATION(u, kind, E4M3)[0] if self._by_row else None
         self._measure(name, mlp.down_proj, x, codes, None, static)
 
-    def _attended(self, name: str, attention: Attention, _: nn.Module, given: tuple[Any, ...]) -> None:
-        """Behind attention there is one scale, from the bound of its values."""
-        x = given[0][self._at]
+    def _attend(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        """Attention begins: it reads (h, rope, counts, frames)."""
+        self._rope, self._frames = given[1], given[3]
+
+    def _attention(self, name: str, attention: Attention, _: nn.Module, given: tuple[Any, ...], u: Tensor) -> None:
+        """Of attention itself: queries and keys are quantised as they are turned, values as they are projected."""
+        counts, norms = given[1], (attention.q_norm, attention.k_norm)
+        q, k, v = (x.unflatten(-1, (-1, attention.head_dim)) for x in u.split(attention.widths, dim=-1)[:3])
+        q, k = (rotate(norm(widen(x), counts), self._rope) for norm, x in zip(norms, (q, k), strict=True))
+        bounds = [HEAD_BOUND(norm.weight + 1, attention.experts)[0] for norm in norms]
+        heads = Heads(q, k, v, (bounds[0], bounds[1], self._value_bound(attention)))
+        window = attention.window if attention.local else -1
+        error = attention_error(heads, u.dtype, self._at, self._frames, counts[0], window)
+        self.errors.setdefault(name, []).append(error)
+
+    def _value_bound(self, attention: Attention) -> Tensor:
         queries, keys, values, _gate = attention.widths
         codes, scales = quantise(attention.linear_qkv.weight, self._scales(attention.linear_qkv))
         gain = attention.pre_norm.weight + 1
-        (bound,) = VALUE_BOUND(codes, scales, gain, attention.experts, queries + keys, values)
+        return VALUE_BOUND(codes, scales, gain, attention.experts, queries + keys, values)[0]
+
+    def _attended(self, name: str, attention: Attention, _: nn.Module, given: tuple[Any, ...]) -> None:
+        """Behind attention there is one scale, from the bound of its values."""
+        x, bound = given[0][self._at], self._value_bound(attention)
         made = codes_of(widen(x), bound.reciprocal()) if self._by_row else None
         self._measure(name, attention.linear_proj, x, made, None, bound)
 

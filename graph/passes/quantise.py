@@ -75,11 +75,10 @@ def _check_keep(graph: Graph, scheme: Scheme) -> None:
     """Raises ValueError for a pattern that keeps nothing: a slip would otherwise quantise what was to be kept."""
     products = (node for node in graph.nodes.nodes if node.target in (*LINEARS, aten.linear.default))
     layers = [layer_of(_parameter(args_of(node)[1])) for node in products]
-    if scheme.attention:
-        layers += [str(node.meta["module"]) for node in graph.nodes.nodes if node.target is ATTENTION]
+    layers += [str(node.meta["module"]) for node in graph.nodes.nodes if node.target is ATTENTION]
     for pattern in scheme.keep:
         if not any(replace(scheme, keep=(pattern,)).keeps(layer) for layer in layers):
-            raise ValueError(f"keep: got {pattern!r}, allowed: patterns of linear layers, such as {layers[:2]}")
+            raise ValueError(f"keep: got {pattern!r}, allowed: patterns of layers, such as {layers[:2]}")
 
 
 def refusal(graph: Graph, scheme: Scheme, node: fx.Node) -> str | None:

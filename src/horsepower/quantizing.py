@@ -33,7 +33,13 @@ from horsepower.runtime.source import Source, eager_dit
 
 Say = Callable[[str], None]
 SMALL, REAL = ((192, 128), 1), ((448, 256), 5)  # pixels and seconds: of the preset's clips, of released models'
-KINDS = {"linear_qkv": "qkv", "linear_proj": "proj", "up_gate_proj": "up", "down_proj": "down"}
+KINDS = {
+    "linear_qkv": "qkv",
+    "attention": "attention",
+    "linear_proj": "proj",
+    "up_gate_proj": "up",
+    "down_proj": "down",
+}
 
 
 @dataclass(frozen=True)
@@ -144,9 +150,11 @@ class _Measurement:
         if more:
             latents[f"{self._scheme.name} before more were kept"] = self._tried[0]
         kept |= dict.fromkeys(more, f"latents over {self._options.latent_budget:g}")
-        scales = scales_of(plan_under(self._model, self._scheme.keeping([*kept]), self._device))
-        refused = [layer for layer in errors if layer not in kept and f"{layer}.weight" not in scales]
-        kept |= dict.fromkeys(refused, "refused by the compiler")
+        plan = plan_under(self._model, self._scheme.keeping([*kept]), self._device)
+        scales = scales_of(plan)
+        able = {weight.removesuffix(".weight") for weight in scales}
+        able |= {site.module for site in plan.sites if site.rewrite == "quantise_attention" and not site.refused}
+        kept |= dict.fromkeys((layer for layer in errors if layer not in {*kept, *able}), "refused by the compiler")
         found = (errors, kept, latents, count is not None, self._scheme, scales, self._bytes(scales))
         return Measured(self._name, self._model.config, *found)
 
@@ -251,10 +259,11 @@ def _report(
 def _parts(found: Measured, options: Options, full: bool) -> list[Part]:
     blocks = _blocks(found.config)
     quantised, (before, after) = len(found.errors) - len(found.kept), found.bytes
+    what = "linear layers and attentions" if found.scheme.attention else "linear layers"
     over = f" The latent budget of {options.latent_budget:g} CANNOT be held: nothing is written."
     parts: list[Part] = [
         Paragraph(
-            f"{found.name}: {quantised} of {len(found.errors)} linear layers in eight bits; weights take "
+            f"{found.name}: {quantised} of {len(found.errors)} {what} in eight bits; weights take "
             f"{after / 1e9:.3g} GB instead of {before / 1e9:.3g} in bf16.{'' if found.holds else over}"
         ),
         Table(f"{found.name}: layers by kind", KIND_COLUMNS, tuple(_kinds(found, blocks))),
@@ -288,7 +297,7 @@ def _kinds(found: Measured, blocks: Mapping[int, str]) -> list[tuple[Cell, ...]]
     """A row for each kind of product in each run of equal blocks."""
     groups: dict[tuple[str, str], list[str]] = {}
     for layer in found.errors:
-        _, _, block, _, leaf = layer.split(".")
+        _, _, block, *_, leaf = layer.split(".")
         groups.setdefault((KINDS[leaf], blocks[int(block)]), []).append(layer)
     rows: list[tuple[Cell, ...]] = []
     for (kind, where), layers in groups.items():

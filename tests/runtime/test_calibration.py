@@ -17,7 +17,7 @@ from horsepower.kernels.registry import op_of
 from horsepower.kernels.tables import arguments
 from horsepower.quant.budget import ProductError
 from horsepower.quant.quantised import quantise
-from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS
+from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS
 from horsepower.runtime import calibration
 from horsepower.runtime.calibration import MARGIN, Calibration, calibrated, largest_inputs
 from horsepower.runtime.executor import weights_of
@@ -61,6 +61,19 @@ def test_every_layer_of_normal_weights(name, scheme):
         assert len(found) == 2  # steps
         assert all(low < each.scheme < high and each.own < 0.004 for each in found)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["default", "windowed", "per_head"])
+@pytest.mark.parametrize("scheme", [FP8_ATTENTION, replace(FP8_TENSOR, attention=True)], ids=["fp8", "fp8-tensor"])
+def test_every_attention_of_normal_weights(name, scheme):
+    """Beside the layers, whose errors stay what they are."""
+    model = random_model(replace(CONFIG, **VARIANTS[name]))
+    scheme = for_inputs_of(model, scheme)
+    errors, without = (measured(model, each) for each in (scheme, replace(scheme, attention=False)))
+    found = {layer: errors.pop(layer) for layer in [*errors] if layer.endswith(".attention")}
+    assert [*found] == [f"block.layers.{i}.attention" for i in range(3)]
+    assert errors == without
+    assert all(0.02 < each.scheme < 0.06 and each.own < 0.006 for (each,) in found.values())
 
 
 def test_a_sample_is_close_to_all_rows():
@@ -218,3 +231,34 @@ def test_a_quantiser_that_moved_is_seen(monkeypatch):
     only = [each for each in WHOLE if each is not quantise_in_producer]
     with pytest.raises(AssertionError, match=r"linear_qkv is quantised by horsepower\.quantise"):
         compared(random_model(replace(PRESET, num_layers=1)), FP8, monkeypatch, only)
+
+
+def test_what_is_measured_of_attention_has_the_scales_of_the_plan(monkeypatch):
+    """And, fed with what the plan's projection makes, its codes."""
+    model, seen = random_model(PRESET), []
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            parameter.data *= 20  # bounds that differ
+    monkeypatch.setattr(calibration, "attention_error", lambda heads, *_: seen.append(heads) or ProductError(0.0, 0.0))
+    plan = plan_velocity(
+        DiT(PRESET, device="meta"), torch.device("cpu"), False, WHOLE, scheme=FP8_ATTENTION, target="sm_90"
+    )
+    video, audio, text, coords = random_inputs(PRESET, 3, 5, 4, 6)
+    with torch.no_grad():
+        condition = model.condition(text, coords)
+        env = executed(plan, weights_of(model), (video, audio, *condition, 3))
+        with Calibration(model, FP8_ATTENTION, 25).watching():
+            model.velocity(video, audio, condition, 3)
+    calls = [call for call in plan.calls if call.target == "horsepower.attention.default"]
+    assert len(calls) == len(seen) == 2
+    for call, heads in zip(calls, seen, strict=True):
+        q, k, v, scales = (env[call.args[i].name] for i in (0, 1, 2, -1))
+        q_scale, k_scale, v_scale = heads.scales
+        assert torch.equal(scales, torch.cat([q_scale * k_scale, v_scale]))
+        # The plan's projection is of eight bits, the model's is not; its heads are paired, which scores do not show.
+        keys = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k.float() * k_scale, heads.k.float()))
+        queries = q.float() * q_scale, heads.q.float()
+        scores = [torch.einsum("lhd,mhd->hlm", *pair) for pair in zip(queries, keys, strict=True)]
+        values = v.float().permute(2, 0, 1)[: len(heads.v)] * v_scale, heads.v.float()
+        for got, want in (scores, values):
+            assert (got - want).norm() < 0.15 * want.norm()
