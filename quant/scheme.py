@@ -30,7 +30,7 @@ class Scheme:
     inputs: Literal["token", "tensor"] | None = None
     attention: bool = False  # whether queries, keys, values and the weights of these are of eight bits too
     keep: tuple[str, ...] = ()  # patterns (`block.layers.0.*`) of layers, and of attention, that stay as they are
-    largest: tuple[tuple[str, float], ...] = ()  # layer, largest input when it was calibrated, for scales of all tokens
+    largest: tuple[tuple[str, float], ...] = ()  # layer, the largest input that its frozen scale holds
     recipe: Literal["current", "block", "delayed"] | None = None  # Transformer Engine's, in the place of a plan
 
     def __post_init__(self) -> None:

@@ -77,6 +77,19 @@ def test_scales_move_while_a_model_learns_and_then_stay(te):
     assert all(0.01 < relative_error(one, other) < 0.1 for one, other in zip(got, want, strict=True))
 
 
+def test_a_model_goes_on_learning_where_another_left_off(te):
+    model = random_model(TINY)
+    large, small = ((*(size * x for x in random_inputs(TINY, 3, 3, 5, 4)), 3) for size in (4, 1))
+    through, first = (converted(model, TE_DELAYED, learning=True) for _ in range(2))
+    with torch.no_grad():
+        for step in (large, small):
+            through(*step)
+        first(*large)
+        second = converted(model, TE_DELAYED, first.learned(), learning=True)
+        second(*small)
+    assert str(second.learned()) == str(through.learned()) != str(first.learned())
+
+
 @pytest.fixture
 def hopper(te, monkeypatch):
     """An engine of the preset, of two layers, for a GPU that the CPU plays."""
