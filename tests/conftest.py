@@ -12,13 +12,16 @@ if not torch.cuda.is_available():
 
     use_exact_narrow_floats()
 
+PLANS = pytest.StashKey[tempfile.TemporaryDirectory]()
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_plans():
-    before = os.environ.get("HORSEPOWER_CACHE")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["HORSEPOWER_CACHE"] = folder
-        yield
-    os.environ.pop("HORSEPOWER_CACHE")
-    if before is not None:
-        os.environ["HORSEPOWER_CACHE"] = before
+
+def pytest_configure(config):
+    """One folder for all processes of a run, which inherit its name: what one plans the others find."""
+    if not hasattr(config, "workerinput"):
+        config.stash[PLANS] = tempfile.TemporaryDirectory()
+        os.environ["HORSEPOWER_CACHE"] = config.stash[PLANS].name
+
+
+def pytest_unconfigure(config):
+    if PLANS in config.stash:
+        config.stash[PLANS].cleanup()

@@ -11,6 +11,7 @@ from horsepower import Cancelled, Engine, Progress, Request
 from horsepower.runtime import engine as engine_module
 from horsepower.runtime.phases import audio_latents, base_stage
 from horsepower.runtime.pipeline import BaseGuidance, Stage
+from horsepower.runtime.presets import PIPELINES, Pipeline
 
 SMALL = {"resolution": (64, 32), "duration": 0.6, "num_inference_steps": 2}
 
@@ -121,9 +122,16 @@ def test_a_clip_is_no_longer_than_its_sound(foal, sound):
     assert len(foal.run(request(audio=sound, duration=10)).audio) == 25 * 1764
 
 
-def test_super_resolution(foal, picture):
-    result = foal.run(request(resolution=(480, 512), duration=0.2, num_inference_steps=1, image=picture))
-    assert result.size == (480, 512)
+@pytest.fixture
+def small_pipelines(monkeypatch):
+    """Super-resolution of pictures that are decoded in no time."""
+    monkeypatch.setitem(PIPELINES, "256p", Pipeline(64, 32, None))
+    monkeypatch.setitem(PIPELINES, "540p", Pipeline(96, 64, "540p_sr"))
+
+
+def test_super_resolution(foal, picture, small_pipelines):
+    result = foal.run(request(resolution=(96, 64), duration=0.2, num_inference_steps=1, image=picture))
+    assert result.size == (96, 64)
     assert list(result.timings.stages) == ["text", "conditioning", "base", "super-resolution", "video", "audio"]
 
 
@@ -212,8 +220,8 @@ def test_a_duration_is_not_cut_by_binary_fractions(duration, latents):
     assert audio_latents(request(duration=duration)) == latents
 
 
-def test_guided_super_resolution(foal):
-    ask = {"resolution": (480, 512), "duration": 0.2, "num_inference_steps": 1}
+def test_guided_super_resolution(foal, small_pipelines):
+    ask = {"resolution": (96, 64), "duration": 0.2, "num_inference_steps": 1}
     plain = foal.run(request(**ask))
     assert foal.run(request(super_resolution_guidance=3.5, negative_prompt="rain", **ask)) != plain
     with pytest.raises(ValueError, match="^super_resolution_guidance: got 3.5, allowed: None at"):

@@ -58,16 +58,16 @@ def test_a_step_of_a_model(name, calls):
             assert relative_error(one, want) <= max(1.1 * relative_error(other, want), 4 * 2.0**-8)
 
 
-IN_CODES = {**LAYERS, "rms_norm_quantise": 1, "rms_norm": 2, "linear": 1, "linear_add_rms_norm_quantise": 5}
+TWO = {"attention": 2, "linear_activation": 2, "linear_qk_norm_rope": 2, "linear": 1}
+WEIGHTS = {**TWO, "rms_norm": 3, "linear_add_rms_norm": 3}
+IN_CODES = {**TWO, "rms_norm_quantise": 1, "rms_norm": 2, "linear_add_rms_norm_quantise": 3}
+OF_CODES = {**IN_CODES, "transpose_to_codes": 2}
 
 
-OF_CODES = {**IN_CODES, "transpose_to_codes": 3}
-
-
-@pytest.mark.parametrize(("scheme", "ran"), [("fp8", IN_CODES), ("fp8-attention", OF_CODES), ("fp8-weights", EXPECTED)])
+@pytest.mark.parametrize(("scheme", "ran"), [("fp8", IN_CODES), ("fp8-attention", OF_CODES), ("fp8-weights", WEIGHTS)])
 def test_a_step_in_eight_bits(scheme, ran, calls, monkeypatch):
-    """A kernel at each site, and as near to float64 as the same plan by plain operators."""
-    config = replace(TINY, hidden_size=256, head_dim=128, num_query_groups=1)
+    """Two layers, one with experts: a kernel at each site, as near to float64 as the same plan by plain operators."""
+    config = replace(TINY, num_layers=2, mm_layers=(0,), hidden_size=256, head_dim=128, num_query_groups=1)
     model = random_model(config).to(DEVICE)
     exact = DiT(replace(config, params_dtype=torch.float64), torch.float64)
     exact.load_state_dict(model.state_dict())
@@ -83,5 +83,5 @@ def test_a_step_in_eight_bits(scheme, ran, calls, monkeypatch):
         for name in twins():
             monkeypatch.setitem(OPS, name, replace(OPS[name], kernels=()))
         want = plain(*(x.to(DEVICE) for x in lengths), 3)
-    for one, other, right in zip(got, want, true, strict=True):
-        assert relative_error(one, right) <= max(1.1 * relative_error(other, right), 4 * 2.0**-8) < 0.2
+    one, other, right = (torch.cat([x.double().flatten() for x in each]) for each in (got, want, true))
+    assert relative_error(one, right) <= 1.1 * relative_error(other, right) < 0.2

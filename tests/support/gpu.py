@@ -1,8 +1,13 @@
 """Where Triton's kernels are tested, and how: on a GPU, or else in the interpreter."""
 
+import json
+import os
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -27,6 +32,15 @@ def check(op: Op, twin: ModuleType, *inputs: Any, config: Config | None = None) 
     for got, eager, exact in zip(outputs, op.reference(*inputs), op.reference(*widened(op, *inputs)), strict=True):
         check_exactness(got, eager, exact)
     return outputs
+
+
+def apart(script: str) -> Any:
+    """What a script prints as JSON, in a process of its own: it neither interprets kernels nor has a GPU's driver."""
+    pytest.importorskip("triton.backends.nvidia")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def workspace(op: Op, *inputs: Any) -> Tensor | None:

@@ -1,11 +1,8 @@
 """What products of codes claim of their machine code, beyond what every kernel must show."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from gpu import apart
 
 SCRIPT = """
 import json
@@ -31,12 +28,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def code():
-    """In a process of its own, which neither interprets kernels nor has a GPU's driver."""
-    pytest.importorskip("triton.backends.nvidia")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = apart(SCRIPT)
     assert [counts["faults"] for counts in found.values()] == [[]] * len(found)
     return found
 

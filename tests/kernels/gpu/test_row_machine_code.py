@@ -1,11 +1,8 @@
 """What the row and elementwise kernels claim of their machine code, beyond what every kernel must show."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from gpu import apart
 
 SCRIPT = """
 import json
@@ -34,12 +31,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def code():
-    """In a process of its own, which neither interprets kernels nor has a GPU's driver."""
-    pytest.importorskip("triton.backends.nvidia")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return apart(SCRIPT)
 
 
 def test_interleaved_columns_are_parted_without_leaving_a_thread(code):
