@@ -48,7 +48,7 @@ class Line:
     values: Sequence[float | None]
 
 
-_COLOURS = ("#4c82b8", "#c2571a", "#3f8f4f", "#9a5bb0")  # 3:1 and more against white and against near-black
+_COLOURS = ("#4c82b8", "#c2571a", "#3f8f4f", "#9a5bb0", "#8a7000")  # 3:1 and more against white and against near-black
 _HEIGHT, _EDGE = 240, 50  # pixels
 
 

@@ -18,6 +18,7 @@ from horsepower.runtime.presets import FOAL_MODELS
 from horsepower.runtime.quantised_checkpoint import Stored
 
 CONFIG = replace(FOAL_MODELS["distill"], num_layers=2, hidden_size=64, head_dim=16, mm_layers=(0,), gelu7_layers=(0,))
+ATTENTIONS = ("block.layers.0.attention", "block.layers.1.attention")
 UP = "block.layers.1.mlp.up_gate_proj"
 
 
@@ -73,6 +74,22 @@ def test_an_outlier_stays_and_the_checkpoint_runs(tmp_path):
     assert f"{stated / 1e9:.3g} GB instead of" in brief.text()
     engine = Engine.from_pretrained(tmp_path / "quantised", scheme="fp8-weights")
     assert engine.scheme.keep == (UP,)
+
+
+@pytest.mark.parametrize(("head_dim", "kept"), [(32, {UP}), (16, {UP, *ATTENTIONS})])
+def test_attention_is_measured_beside_the_layers(head_dim, kept, tmp_path, monkeypatch):
+    """Or kept, where no kernel takes its heads; the checkpoint runs under schemes that leave attention as it is too."""
+    config = replace(CONFIG, head_dim=head_dim)
+    monkeypatch.setattr("horsepower.runtime.foal.FOAL_MODELS", FOAL_MODELS | {"distill": config})
+    _, brief, full = run(scheme="fp8-attention", output=tmp_path / "quantised", latent_budget=1.0)
+    rows = {row["layer"]: row for row in table(full, "distill: every layer")}
+    assert len(rows) == 10
+    assert all(0.01 < rows[name]["fp8-attention"] < 0.06 and rows[name]["bf16"] < 0.006 for name in ATTENTIONS)
+    assert {layer for layer, row in rows.items() if row["kept"]} == kept
+    assert f"{10 - len(kept)} of 10 linear layers and attentions in eight bits" in brief.text()
+    assert Stored.of(tmp_path / "quantised" / "distill").scheme == "fp8-attention"
+    engine = Engine.from_pretrained(tmp_path / "quantised", scheme="fp8-weights")
+    assert set(engine.scheme.keep) == kept
 
 
 def test_frozen_scales_are_calibrated_and_written(tmp_path):

@@ -276,6 +276,7 @@ def _parts(found: Measured, options: Options, full: bool) -> list[Part]:
     drawn = [
         Line(kind, [_finite(found.errors[layer].scheme) for layer in found.errors if layer.endswith(leaf)])
         for leaf, kind in KINDS.items()
+        if leaf != "attention" or found.scheme.attention
     ]
     title = f"{found.name}: error of each layer under {options.scheme}; dashed: its budget"
     parts.append(Figure(title, lines(title, drawn, options.budget, "layer")))
