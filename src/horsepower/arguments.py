@@ -44,7 +44,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", default="clip.mp4", metavar="FILE", help="mp4 (default: %(default)s)")
     _add_source(parser)
     parser.add_argument("--mode", choices=("fused", "eager"), help="how models run (default: fused on a CPU)")
-    parser.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8, te (Hopper), fp8-weights")
+    parser.add_argument("--scheme", metavar="NAME", help="eight bits: fp8, fp8-attention, te (Hopper), fp8-weights")
     parser.add_argument("--variant", choices=("distill", "base"), help="model of that folder (default: distill)")
     parser.add_argument("--device", help=DEVICE)
     parser.add_argument("--device-memory", metavar="SIZE", help="such as 40GB or 37GiB (default: what is free)")
@@ -153,7 +153,7 @@ def _profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="run one step or clip, for ncu and nsys, without a report")
     clip = parser.add_argument_group("of a clip")
     clip.add_argument("--model", metavar="FOLDER", help="folder of released checkpoints (default: the preset)")
-    clip.add_argument("--scheme", metavar="NAME", help="linear layers in eight bits: fp8, te (Hopper), fp8-weights")
+    clip.add_argument("--scheme", metavar="NAME", help="eight bits: fp8, fp8-attention, te (Hopper), fp8-weights")
     clip.add_argument("--resolution", metavar="R", help="256p, 540p, 1080p or WIDTHxHEIGHT (default: 256p)")
     clip.add_argument("--duration", type=float, metavar="S", help="seconds (default: 5)")
     clip.add_argument("--steps", type=int, metavar="N", help="of the base stage (default: 8, base model 32)")
@@ -167,7 +167,9 @@ def _roofline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", metavar="V,A,T", help="of video, audio, text (default: those of a clip of 5 s)")
     parser.add_argument("--frames", type=int, metavar="N", help="latent frames of those tokens (default: 1)")
-    parser.add_argument("--scheme", metavar="NAME", help="list the kernels of that plan: fp8, fp8-weights")
+    parser.add_argument(
+        "--scheme", metavar="NAME", help="list the kernels of that plan: fp8, fp8-attention, fp8-weights"
+    )
     _add_files(parser)
     parser.set_defaults(command=commands.roofline)
 
