@@ -167,9 +167,7 @@ def _roofline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", metavar="V,A,T", help="of video, audio, text (default: those of a clip of 5 s)")
     parser.add_argument("--frames", type=int, metavar="N", help="latent frames of those tokens (default: 1)")
-    parser.add_argument(
-        "--scheme", metavar="NAME", help="list the kernels of that plan: fp8, fp8-attention, fp8-weights"
-    )
+    parser.add_argument("--scheme", metavar="NAME", help="list that plan's kernels: fp8, fp8-attention, fp8-weights")
     _add_files(parser)
     parser.set_defaults(command=commands.roofline)
 
