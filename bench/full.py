@@ -252,7 +252,7 @@ def report(title: str, options: Options, rungs: Sequence[Rung], where: str) -> R
         "peak GiB: weights, arena and what a run takes beside them.\n"
         f"error: relative L2 of a step of {sample.total} tokens ({sample}, {sample.frames} frames) against the same "
         "weights in float64, a layer at a time. torch.compile is not compared: another length compiles anew.\n"
-        "fp8-tensor: scales calibrated on that step; plain operators quantise its inputs. te-delayed: on the one that "
+        "fp8-tensor: scales of that step; inputs quantised by a kernel of its own. te-delayed: scales of the one that "
         "is timed. te: Transformer Engine."
     )
     rows = tuple(_row(rung, rungs[0], best_rival(rungs)) for rung in rungs)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from horsepower.kernels.float8 import E4M3, codes_of, widen
 from horsepower.kernels.registry import Cost, Op, register
+from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor x, float inverse) -> Tensor"
 
@@ -27,4 +28,4 @@ def cost(x: Tensor, inverse: float) -> Cost:
     return Cost(flops=x.numel(), bytes=x.numel() * (x.itemsize + 1))
 
 
-TO_CODES = register(Op("to_codes", SCHEMA, outputs, reference, cost))
+TO_CODES = register(Op("to_codes", SCHEMA, outputs, reference, cost, kernels=(triton_kernel("to_codes"),)))

@@ -56,6 +56,7 @@ def test_every_operator_with_work_to_do_has_a_kernel():
     products = {"linear", "linear_activation", "linear_add_rms_norm", "linear_qk_norm_rope"}
     quantisers = {
         "quantise",
+        "to_codes",
         "transpose_to_codes",
         "rms_norm_quantise",
         "add_rms_norm_quantise",
