@@ -116,9 +116,9 @@ def gated(out: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int])
 
 
 def _of_codes(q: Tensor, k: Tensor, v: Tensor, frames: int, video: int, window: int, scales: Tensor) -> Tensor:
-    """Attention in eight bits, without its gate: [L, Hq, D] in float32."""
+    """Attention in eight bits, without its gate: [L, Hq, D] in float32; of codes in float64 exact, weights too."""
     (L, Hq, D), (S, Hkv) = q.shape, k.shape[:2]
-    out = torch.empty(q.shape, device=q.device)
+    out = torch.empty(q.shape, dtype=scales.dtype, device=q.device)
     key, value = widen(k).permute(1, 2, 0), widen(v)  # [Hkv, D, S]
     factor = scales[0] / (D**0.5 * math.log(2))
     for queries, keys in key_ranges(frames, video, window, L, S):
@@ -128,8 +128,8 @@ def _of_codes(q: Tensor, k: Tensor, v: Tensor, frames: int, video: int, window: 
             heads = widen(q[block]).unflatten(1, (Hkv, -1)).transpose(0, 1)  # [Hkv, rows, Hq / Hkv, D]
             scores = heads.flatten(1, 2) @ seen_key
             weights = ((scores - scores.amax(-1, keepdim=True)) * factor + WEIGHTS).exp2()
-            sums = widen(weights.to(E4M3)) @ seen_value.transpose(1, 2)
-            made = sums * (scales[1] / weights.sum(-1, keepdim=True))
+            rounded = widen(weights.to(E4M3)) if q.dtype == E4M3 else weights
+            made = rounded @ seen_value.transpose(1, 2) * (scales[1] / weights.sum(-1, keepdim=True))
             out[block] = made.view(heads.shape).transpose(0, 1).flatten(1, 2)
     return out
 

@@ -16,7 +16,7 @@ from horsepower.kernels.ops import ops
 from horsepower.kernels.registry import OPS, Kernel
 from horsepower.quant import quantised
 from horsepower.quant.budget import BUDGET
-from horsepower.quant.scheme import FP8
+from horsepower.quant.scheme import FP8, FP8_ATTENTION
 from horsepower.runtime.executor import weights_of
 from models import DYNAMIC, TINY, random_inputs, random_model
 
@@ -93,12 +93,13 @@ def test_one_weight_whose_scales_are_tampered_with_at_load_is_found(monkeypatch)
     assert not whole.passed
 
 
-def test_rows_of_codes_are_checked_by_plain_operators():
+@pytest.mark.parametrize("scheme", [FP8, FP8_ATTENTION], ids=lambda scheme: scheme.name)
+def test_rows_of_codes_are_checked_by_plain_operators(scheme):
     config = replace(SMALL, hidden_size=128, head_dim=32)
     model = random_model(config)
     captured = capture(model, (*random_inputs(config, 3, 2, 5, 4), 3), dynamic_shapes=DYNAMIC)
     captured.target = "sm_90"
-    compiled = replace(provenance.snapshot(captured), scheme=FP8)
+    compiled = replace(provenance.snapshot(captured), scheme=scheme)
     changed = provenance.rewrite(compiled, PASSES[:-1])
     inputs = [*random_inputs(config, *SIZES), SIZES[0]]
     checks = check_sites(captured, compiled, changed, weights_of(model), inputs, (AS_GIVEN, "random"))

@@ -331,7 +331,7 @@ def of_codes(rows, heads=4, kv_heads=2, dim=32, keys=None, gate=None, seed=0):
     q, k, v = (codes_of(100 * torch.randn(shape, generator=generator), 1.0) for shape in shapes)
     gate = None if gate is None else torch.randn(gate, generator=generator)
     scales = torch.tensor([2.0**-12, 2.0**-5])
-    exact = q.double() * 2.0**-6, k.double() * 2.0**-6, v.double() * 2.0**-5, gate
+    exact = q.double() * 2.0**-6, k.double() * 2.0**-6, v.double() * 2.0**-5, None if gate is None else gate.double()
     return (q, k, ops.transpose_to_codes(v.float(), torch.ones(1)), gate), scales, exact
 
 
@@ -347,6 +347,8 @@ def test_codes_attend_as_what_they_stand_for(rows, rest, monkeypatch):
     assert got.dtype == BF16
     if rows:
         assert 0 < error(got, reference(*exact, *rest)[0]) < 0.026
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in (*given, *rest, None, scales)]
+    torch.testing.assert_close(ATTENTION.reference(*wide)[0], reference(*exact, *rest)[0], rtol=1e-9, atol=1e-12)
     inverse = torch.tensor([30.0])
     (codes,) = ATTENTION.reference(*given, *rest, inverse, scales)
     assert codes.dtype == E4M3
