@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -25,9 +24,10 @@ from horsepower.graph.exact import beside
 from horsepower.graph.explain import Measured
 from horsepower.graph.graph import Graph
 from horsepower.kernels import tables
+from horsepower.kernels.attention import ATTENTION
 from horsepower.kernels.attention_ranges import gate_factor, key_ranges
 from horsepower.kernels.choice import candidates
-from horsepower.kernels.float8 import E4M3, codes_of, widen
+from horsepower.kernels.float8 import E4M3, arithmetic, codes_of, widen
 from horsepower.kernels.registry import Op, op_of
 from horsepower.kernels.tables import PARTS, WEIGHTS, Candidate, Point, Site, Table, Timed, arguments, configs
 
@@ -36,7 +36,7 @@ Timer: TypeAlias = Callable[[Mapping[Candidate, Run]], Mapping[Candidate, Sequen
 
 FEW = 2.0**-8  # of codes, which are right or a neighbour: four times that is the relative L2 of 3 % neighbours
 CODES = 64.0  # the standard deviation of e4m3 codes that are drawn: few are beyond the largest, 448
-SCALES = ("x_scale", "weight_scale", "inverse")
+SCALES = ("x_scale", "weight_scale", "inverse", "scales")
 DRAWN = 32  # rows that are checked besides those at edges
 ROUNDS, WARMUP = 21, 3
 FLUSH = 2**28  # bytes written between two runs: several times an L2 cache, and long enough to queue what follows
@@ -150,6 +150,8 @@ def filled(job: Job, device: str) -> tuple[Any, ...]:
         if x.dtype == E4M3:
             codes = torch.empty_strided(x.shape, x.stride(), dtype=E4M3, device=device)
             return codes.copy_(torch.empty(x.shape, device=device).normal_(0, CODES, generator=generator))
+        if name == "scales":  # of queries times keys, and of values
+            return torch.tensor([CODES**-2, 1 / CODES], dtype=x.dtype, device=device)
         if name in SCALES:  # so that what the codes stand for has the same size
             depth = job.inputs[1].shape[1]
             scale = {"x_scale": 1.0, "weight_scale": depth**-0.5, "inverse": CODES**2}[name] / CODES
@@ -252,22 +254,24 @@ def _plain(op: Op, *inputs: Any) -> Sequence[Tensor]:
 
 def _attention(
     rows: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int],
-    frames: int, video: int, window: int, inverse: Tensor | None = None,
+    frames: int, video: int, window: int, inverse: Tensor | None = None, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Some rows of an attention over many: one range of keys after another."""
     if inverse is not None:
-        q, k, v = (widen(x) for x in (q, k, v))
-        return codes_of(_attention(rows, q, k, v, gate, experts, counts, frames, video, window), inverse)
-    out = q[rows]
+        if scales is None:
+            q, k, v = (widen(x) for x in (q, k, v))
+        made = _attention(rows, q, k, v, gate, experts, counts, frames, video, window, None, scales)
+        return codes_of(widen(made), inverse)
+    out = torch.empty(len(rows), *q.shape[1:], dtype=arithmetic(q.dtype), device=q.device)
     for queries, keys in key_ranges(frames, video, window, len(q), len(k)):
         mine = (rows >= queries.start) & (rows < queries.stop)
         if not bool(mine.any()):
             continue
-        some = (q[rows[mine]], *(torch.cat([x[part] for part in keys]) for x in (k, v)))
-        query, key, value = (x.transpose(0, 1)[None] for x in some)
-        out[mine] = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)[0].transpose(0, 1)
+        seen = torch.cat([torch.arange(part.start, part.stop, device=k.device) for part in keys])
+        values = v[seen] if scales is None else v[..., seen]
+        (out[mine],) = ATTENTION.reference(q[rows[mine]], k[seen], values, None, 1, [], 1, 0, -1, None, scales)
     factor = 1 if gate is None else gate_factor(gate, experts, counts, len(q))[rows]
-    return (out * factor).to(q.dtype)
+    return (out * factor).to(out.dtype)
 
 
 def cuda_timer(runs: Mapping[Candidate, Run]) -> Mapping[Candidate, tuple[float, ...]]:

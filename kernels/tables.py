@@ -35,7 +35,8 @@ FOLDER = Path(__file__).parent / "tuned"
 PARTS = "parts"  # the candidate that is the operator's expansion
 # Tensors whose rows are not tokens.
 WEIGHTS = frozenset(["weight", "weight_scale", "bias", "gain", "post_gain", "q_gain", "k_gain"])
-VARYING = frozenset(["counts", "frames", "video", "eps"])  # of the prompt, or without effect on time
+# Of the prompt, or without effect on time; values are as wide as keys.
+VARYING = frozenset(["counts", "frames", "video", "eps", "v"])
 
 
 @dataclass(frozen=True)

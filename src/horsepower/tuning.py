@@ -1,7 +1,8 @@
 """`horsepower tune`: the fastest way to compute each site of the released model, measured on the GPU at hand."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from horsepower.bench.measure import machine
 from horsepower.bench.report import Cell, Paragraph, Part, Report, Table
 from horsepower.bench.tune import ROUNDS, Job, cuda_timer, jobs_of, tune
 from horsepower.doctor import driver
+from horsepower.graph import provenance
 from horsepower.graph.capture import capture
 from horsepower.graph.graph import Graph
 from horsepower.graph.passes import PASSES, run
@@ -24,6 +26,7 @@ from horsepower.kernels.registry import OPS
 from horsepower.kernels.tables import Point
 from horsepower.kernels.target import GPUS, target_of
 from horsepower.predicting import tokens_of
+from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_WEIGHTS
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import PIPELINES
@@ -38,6 +41,8 @@ NOTHING = (
     "Nothing was measured and nothing written: this machine has no GPU. Below is what would be measured, and what the "
     "roofline predicts until then."
 )
+
+SCHEMES = (FP8_WEIGHTS, FP8, FP8_ATTENTION)  # that leave a choice: those of scales a tensor are the library's
 
 
 def tune_released(
@@ -79,21 +84,24 @@ def tune_released(
 
 
 def jobs_at(resolutions: Sequence[str], arch: str) -> list[Job]:
-    """The distinct sites of the pipelines' last stages with their fusions, and of the parts of these."""
+    """The distinct sites of the pipelines' last stages with their fusions, and of the parts of these; in 16 bits, and
+    under each scheme that leaves a choice."""
     found: dict[tuple[str, object], Job] = {}
     for resolution in resolutions:
         model = step.released(PIPELINES[resolution].super_resolution or "distill")
         tokens = tokens_of(resolution)
         inputs = velocity_example(model, tokens.counts, tokens.frames)
-        for job in jobs_of(_fused(model, arch), pytree.tree_leaves(inputs), parts=True):
-            found.setdefault((job.op.name, job.site), job)
+        for graph in _fused(model, arch):
+            for job in jobs_of(graph, pytree.tree_leaves(inputs), parts=True):
+                found.setdefault((job.op.name, job.site), job)
     return list(found.values())
 
 
-def _fused(model: DiT, arch: str) -> Graph:
-    graph = capture(model, velocity_example(model), None, VELOCITY_SHAPES, "velocity")
-    graph.target = arch
-    return run(graph, [each for each in PASSES if each is not lower])
+def _fused(model: DiT, arch: str) -> Iterator[Graph]:
+    captured = capture(model, velocity_example(model), None, VELOCITY_SHAPES, "velocity")
+    for scheme in (None, *(each for each in SCHEMES if arch in each.targets)):
+        graph = replace(provenance.snapshot(captured), target=arch, scheme=scheme)
+        yield run(graph, [each for each in PASSES if each is not lower])
 
 
 def chosen(jobs: Sequence[Job], arch: str, whole: bool = False) -> Table:

@@ -157,12 +157,16 @@ QUANTISED = {
         sized(40, 1), sized(96, 1),
     ),
     "attention": (meta(40, 4, 16), meta(40, 2, 16), meta(40, 2, 16), None, 1, [], 2, 20, 0, sized(1)),
+    "attention of codes": (
+        sized(40, 4, 32, dtype=E4M3), sized(40, 2, 32, dtype=E4M3), sized(2, 32, 48, dtype=E4M3), meta(40, 4), 1, [],
+        2, 20, 0, sized(1), sized(2),
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_codes_are_checked_and_only_configurations_for_them_are_tried(name, monkeypatch):
-    op, wrong = OPS[name], [False]
+    op, wrong = OPS[name.split()[0]], [False]
 
     def run(out, workspace, *inputs, config):
         for into, result in zip(out, op.reference(*inputs), strict=True):
@@ -171,7 +175,7 @@ def test_codes_are_checked_and_only_configurations_for_them_are_tried(name, monk
         if wrong[0]:
             codes[-1] = -codes[-1].float()  # one row of forty
 
-    monkeypatch.setattr(import_module(f"horsepower.kernels.gpu.{name}"), "run", run)
+    monkeypatch.setattr(import_module(f"horsepower.kernels.gpu.{op.name}"), "run", run)
     job = Job(replace(op, kernels=(kernel("triton"),)), QUANTISED[name], 1)
 
     def times(runs):
@@ -179,7 +183,7 @@ def test_codes_are_checked_and_only_configurations_for_them_are_tried(name, monk
 
     point = measure(job, "sm_90", times, "cpu")
     tried = [each.candidate.config for each in point.timed if each.candidate.kernel == "triton"]
-    form = {"linear_activation": "w8a16", "linear_add_rms_norm_quantise": "fp8"}.get(name, "BLOCK_M")
+    form = {"linear_activation": "w8a16", "attention": "BLOCK_M"}.get(name, "fp8")
     assert tried
     assert all(config.startswith(form) for config in tried)
     assert [each.failed for each in point.timed] == [None] * len(point.timed)

@@ -10,9 +10,11 @@ import torch
 import horsepower.kernels.ops  # noqa: F401  (every operator is registered now)
 from horsepower.kernels import tables
 from horsepower.kernels.choice import candidates, choose, predicted
+from horsepower.kernels.float8 import E4M3
 from horsepower.kernels.rates import OF_TARGET
 from horsepower.kernels.registry import OPS, Kernel
 from horsepower.kernels.tables import PARTS, Candidate, Point, Site, Table, Timed
+from horsepower.kernels.transpose_to_codes import turned
 
 BF16 = torch.bfloat16
 SM_90 = {"gpu": "a GPU", "date": "2026-01-01"}
@@ -74,6 +76,15 @@ def test_a_site_does_not_change_with_the_prompt():
     assert len({Site.of(op, inputs).key for inputs in (up(), *changed)}) == 6
     windows = {Site.of(OPS["attention"], attention(window=window)).key for window in (-1, 11)}
     assert len(windows) == 2
+    codes = {Site.of(OPS["attention"], attention_of_codes(tokens)).key for tokens in (64, 65, 80)}
+    assert len(codes) == 1
+    assert not codes & windows
+
+
+def attention_of_codes(tokens):
+    q, k, _, *rest = attention(tokens)
+    q, k = (torch.empty(x.shape, dtype=E4M3, device="meta") for x in (q, k))
+    return q, k, torch.empty(turned(k.shape), dtype=E4M3, device="meta"), *rest, None, torch.empty(2, device="meta")
 
 
 def test_a_prediction_is_the_roofline():
