@@ -36,10 +36,10 @@ def formats(graph: Graph) -> tuple[Format, ...]:
 
 
 def _formats(graph: Graph) -> Iterator[Format]:
-    refused = {site.module: site.refused for site in graph.sites if site.rewrite == "quantise_attention"}
+    looked_at = [site for site in graph.sites if site.rewrite == "quantise_attention"]  # in the order of the graph
     for node in graph.nodes.nodes:
-        if node.op == "call_function" and title(node) == "attention" and refused:
-            yield _attention(node, refused[node.meta["module"]] or "")
+        if node.op == "call_function" and title(node) == "attention" and looked_at:
+            yield _attention(node, looked_at.pop(0).refused or "")
         if node.op != "call_function" or not title(node).split(".")[-1].startswith("linear"):
             continue
         x, weight = args_of(node)[:2]

@@ -1,7 +1,8 @@
 """Attention in eight bits, if the scheme says so: queries and keys become codes where they are made, values in a pass.
 
 Each has one scale, from what bounds it: queries and keys the gain of their norm, values the weight that makes them of
-normed rows. Proves: no code overflows. Assumes that the error is wanted, as `quantise` does.
+normed rows. Proves: no code overflows, where tables of ropes are sines and cosines, as `rope` has them. Assumes that
+the error is wanted, as `quantise` does.
 """
 
 import operator
@@ -43,7 +44,8 @@ def _refusal(scheme: Scheme, node: fx.Node) -> str | None:
     made = [args_of(x)[0] if x.target is operator.getitem else x for x in (q, k)]
     if made[0] is not made[1] or made[0].target is not QKV:
         return "queries and keys are not of one projection, normed and turned"
-    if {*q.users, *k.users} != {node}:
+    items = [item for item in made[0].users if args_of(item)[1] < 2]
+    if sorted(args_of(item)[1] for item in items) != [0, 1] or any({*item.users} != {node} for item in items):
         return "something else reads queries or keys"
     if dtype_of(args_of(made[0])[1]) != E4M3:
         return "its projection stays as it is"

@@ -5,11 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from horsepower.graph import passes
+from horsepower.graph.capture import capture
+from horsepower.graph.formats import formats
 from horsepower.graph.passes import PASSES
 from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_TENSOR, SCHEMES
 from horsepower.runtime.compiled import compile
-from horsepower.runtime.models.dit import DiT
+from horsepower.runtime.models.dit import DiT, rotate
 from models import DYNAMIC, TINY, VARIANTS, random_inputs, random_model
 from recordings import relative_error
 
@@ -87,3 +92,94 @@ def test_attention_of_layers_that_are_kept_stays():
 def test_heads_that_no_kernel_takes():
     config = replace(TINY, hidden_size=4 * 48, head_dim=48)
     assert reasons(run(random_model(config), FP8_ATTENTION).plan) == {"heads of 48 have no kernel of eight bits": 3}
+
+
+HEADS, D = 4, 32
+C = HEADS * D
+
+
+class Heads(nn.Module):
+    """What `read` makes of the normed and turned heads of each projection, (q, k, v) [L, HEADS, D], and of h."""
+
+    def __init__(self, read, projections=1):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.read = read
+        shapes = [(3 * C, C)] * projections
+        self.qkv = nn.ParameterList((torch.randn(s, generator=generator) / 8).to(torch.bfloat16) for s in shapes)
+        self.proj = nn.Parameter((torch.randn((C, C), generator=generator) / 8).to(torch.bfloat16))
+        self.gain = nn.Parameter(1 + torch.randn(C, generator=generator) / 8)
+        self.q_gain, self.k_gain = (nn.Parameter(torch.full((D,), gain)) for gain in (0.1, 3.0))
+
+    def heads(self, h, rope, weight):
+        n = F.rms_norm(h.float(), (C,), self.gain, 1e-6).to(torch.bfloat16)
+        q, k, v = (x.unflatten(-1, (-1, D)) for x in F.linear(n, weight).split((C,) * 3, -1))
+        q = rotate(F.rms_norm(q.float(), (D,), self.q_gain, 1e-6), rope).to(torch.bfloat16)
+        return q, rotate(F.rms_norm(k.float(), (D,), self.k_gain, 1e-6), rope).to(torch.bfloat16), v
+
+    def forward(self, h, rope):
+        return self.read(self, *(self.heads(h, rope, weight) for weight in self.qkv))
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1).flatten(1)
+
+
+def of_itself(block, heads):
+    q, k, v = heads
+    return F.linear(attend(q, q, v), block.proj) + F.linear(attend(k, k, v), block.proj)
+
+
+def keys_elsewhere(block, heads):
+    q, k, v = heads
+    return F.linear(attend(q, q, v), block.proj) + F.linear(k.flatten(1), block.proj)
+
+
+def heads_of_each_other(block, heads, others):
+    return F.linear(attend(*heads[:2], others[2]), block.proj) + F.linear(attend(*others[:2], heads[2]), block.proj)
+
+
+def turned_round(block, heads):
+    return F.linear(attend(heads[1], heads[0], heads[2]), block.proj)
+
+
+def one_of_two(block, heads, others):
+    return F.linear(attend(*heads), block.proj) + F.linear(attend(*others), block.proj) + others[0].flatten(1)
+
+
+READ = "something else reads queries or keys"
+
+
+def example():
+    generator = torch.Generator().manual_seed(1)
+    angle = torch.randn(6, 3 * (D // 8), generator=generator)
+    return torch.randn(6, C, generator=generator).to(torch.bfloat16), torch.cat((angle.sin(), angle.cos()), 1)
+
+
+@pytest.mark.parametrize(
+    ("read", "projections", "found"),
+    [
+        (of_itself, 1, {READ: 2}),
+        (keys_elsewhere, 1, {READ: 1}),
+        (heads_of_each_other, 2, {None: 2}),
+        (turned_round, 1, {None: 1}),
+        (one_of_two, 2, {None: 1, READ: 1}),
+    ],
+)
+def test_modules_that_read_their_heads_in_other_ways(read, projections, found):
+    module, given = Heads(read, projections), example()
+    with torch.no_grad():
+        want = module(*given)
+        plain, made = (
+            compile(module, given, target="sm_90", scheme=scheme, only=WHOLE, cache=False)
+            for scheme in (FP8, FP8_ATTENTION)
+        )
+        assert reasons(made.plan) == found
+        assert relative_error(made(*given), want) < 1.5 * relative_error(plain(*given), want) < 0.2
+
+
+def test_two_attentions_of_one_module_are_told_apart():
+    captured = capture(Heads(one_of_two, 2), example())
+    graph = passes.run(replace(captured, target="sm_90", scheme=FP8_ATTENTION), WHOLE)
+    said = [(each.input, each.kept) for each in formats(graph) if each.call == "attention"]
+    assert said == [("e4m3", ""), ("bfloat16", READ)]
