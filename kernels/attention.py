@@ -52,6 +52,8 @@ def outputs(
     `inverse` the result is bfloat16.
     Raises ValueError for inputs that do not belong together.
     """
+    if scales is None and q.dtype == E4M3:
+        raise ValueError(f"scales: got None, allowed: those of q, k and v in {E4M3}")
     if scales is not None:
         _check_codes(q, k, v, scales)
         v = k  # whose shape it has, turned
@@ -78,8 +80,10 @@ def outputs(
 
 def _check_codes(q: Tensor, k: Tensor, v: Tensor, scales: Tensor) -> None:
     """Raises ValueError unless they are what attention in eight bits takes."""
-    if not q.dtype == k.dtype == v.dtype == E4M3 or k.ndim != 3:
-        raise ValueError(f"q, k, v: got {q.dtype}, {k.dtype}, {v.dtype}, allowed: one sequence of {E4M3} with scales")
+    if not q.dtype == k.dtype == v.dtype == E4M3:
+        raise ValueError(f"q, k, v: got {q.dtype}, {k.dtype}, {v.dtype}, allowed: {E4M3} with scales")
+    if k.ndim != 3:
+        raise ValueError(f"k: got {list(k.shape)}, allowed: [S, Hkv, D], one sequence, with scales")
     if differ(v.shape, turned(k.shape)):
         raise ValueError(f"v: got {list(v.shape)}, allowed: {list(turned(k.shape))}, as of transpose_to_codes")
     if differ(scales.shape, (2,)) or scales.dtype != torch.float32:
@@ -118,7 +122,9 @@ def gated(out: Tensor, gate: Tensor | None, experts: int, counts: Sequence[int])
 def _of_codes(q: Tensor, k: Tensor, v: Tensor, frames: int, video: int, window: int, scales: Tensor) -> Tensor:
     """Attention in eight bits, without its gate: [L, Hq, D] in float32; of codes in float64 exact, weights too."""
     (L, Hq, D), (S, Hkv) = q.shape, k.shape[:2]
-    out = torch.empty(q.shape, dtype=scales.dtype, device=q.device)
+    out = torch.zeros(q.shape, dtype=scales.dtype, device=q.device)
+    if not S:
+        return out
     key, value = widen(k).permute(1, 2, 0), widen(v)  # [Hkv, D, S]
     factor = scales[0] / (D**0.5 * math.log(2))
     for queries, keys in key_ranges(frames, video, window, L, S):

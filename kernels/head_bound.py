@@ -17,10 +17,10 @@ SCHEMA = "(Tensor gain, int experts) -> Tensor"
 def outputs(gain: Tensor, experts: int) -> tuple[Tensor, ...]:
     """gain [experts * D] -> [1], float32: the power of two that, as a scale, brings the heads into eight bits.
 
-    Raises ValueError for gains that experts do not divide.
+    Raises ValueError for gains that experts do not divide, and for none.
     """
-    if gain.ndim != 1 or experts < 1 or gain.shape[0] % experts:
-        raise ValueError(f"gain: got {list(gain.shape)}, allowed: [{experts} D]")
+    if gain.ndim != 1 or experts < 1 or not gain.shape[0] or gain.shape[0] % experts:
+        raise ValueError(f"gain: got {list(gain.shape)}, allowed: [{experts} D], D above 0")
     return (gain.new_empty(1, dtype=torch.float32),)
 
 

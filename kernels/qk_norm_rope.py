@@ -42,6 +42,8 @@ def outputs(
     if qkv.shape[1] < (heads_q + heads_kv) * D:
         raise ValueError(f"qkv: got {list(qkv.shape)}, allowed: [L, at least {(heads_q + heads_kv) * D}]")
     check_rope(rope, L, D)
+    if dtype not in (None, qkv.dtype, E4M3):
+        raise ValueError(f"dtype: got {dtype}, allowed: None, {qkv.dtype}, {E4M3}")
     dtype = dtype or qkv.dtype
     return qkv.new_empty((L, heads_q, D), dtype=dtype), qkv.new_empty((L, heads_kv, D), dtype=dtype)
 

@@ -5,11 +5,13 @@ Their scale is known beforehand: what lies beyond it saturates.
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from horsepower.kernels.float8 import E4M3, codes_of, widen
 from horsepower.kernels.registry import Cost, Op, register
+from horsepower.kernels.sizes import differ
 from horsepower.kernels.triton_library import triton_kernel
 
 SCHEMA = "(Tensor x, Tensor inverse) -> Tensor"
@@ -25,10 +27,12 @@ def turned(shape: Iterable[int]) -> tuple[int, int, int]:
 def outputs(x: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
     """x [L, H, D] -> codes [H, D, L up to a multiple of 16] in e4m3, of x times `inverse`, float32 [1]; zeros behind L.
 
-    Raises ValueError for another rank or dtype.
+    Raises ValueError for others.
     """
     if x.ndim != 3 or not x.is_floating_point() or x.itemsize < 2:
         raise ValueError(f"x: got {list(x.shape)} {x.dtype}, allowed: [L, H, D], floats of 16 bits or more")
+    if differ(inverse.shape, (1,)) or inverse.dtype != torch.float32:
+        raise ValueError(f"inverse: got {list(inverse.shape)} {inverse.dtype}, allowed: [1] torch.float32")
     return (x.new_empty(turned(x.shape), dtype=E4M3),)
 
 

@@ -232,7 +232,7 @@ def run(
     if D & (D - 1):  # beyond a head's end, TMA would fetch the next head
         config = replace(config, constants={**config.constants, "TMA": 0})
     q, k, v = (x if _fetchable(x, config) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-    values = _operand(v, "BLOCK_N", config) if scales is None else _turned(v, config)
+    values = _operand(v, "BLOCK_N", config) if scales is None else _turned(v.contiguous(), config)
     tiles = triton.cdiv(L, config.constants["BLOCK_M"])
     second, third = first_rows(gate is not None and gate.ndim == 1 and experts != 1, counts, L)
     windowed = window >= 0 and video > 0

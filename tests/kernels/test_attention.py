@@ -365,6 +365,13 @@ def test_weights_of_codes_are_the_nearest_to_eight_bits_of_up_to_256():
     assert error(got, want) < 2.0**-8
 
 
+def test_no_codes_to_attend_to_give_zeros_as_no_keys_do():
+    (q, k, v, gate), scales, _ = of_codes(5, gate=(5, 4))
+    (got,) = ATTENTION(q, k[:0], v[..., :0], gate, *FULL, None, scales)
+    assert got.shape == q.shape
+    assert not got.any()
+
+
 def test_equal_scores_give_the_mean_of_the_values():
     (q, k, v, _), scales, (*_, exact, _) = of_codes(40)
     (got,) = ATTENTION.reference(torch.zeros_like(q), k, v, None, *FULL, None, scales)
@@ -374,12 +381,13 @@ def test_equal_scores_give_the_mean_of_the_values():
 def test_codes_that_do_not_belong_together():
     (q, k, v, gate), scales, _ = of_codes(20, gate=(20, 4))
     for given, match in (
-        ((q.float(), k, v, gate, *FULL, None, scales), "q, k, v: got torch.float32, .* one sequence of .* with scales"),
+        ((q.float(), k, v, gate, *FULL, None, scales), "q, k, v: got torch.float32, .* allowed: .* with scales"),
         ((q, k, v[..., :20], gate, *FULL, None, scales), r"v: got \[2, 32, 20\], allowed: \[2, 32, 32\], as of"),
         ((q, k, k, gate, *FULL, None, scales), r"v: got \[20, 2, 32\], allowed: \[2, 32, 32\]"),
         ((q, k, v, gate, *FULL, None, scales[:1]), r"scales: got \[1\] torch.float32, allowed: \[2\]"),
         ((q, k, v, gate, *FULL, None, scales.double()), r"scales: got \[2\] torch.float64"),
-        ((q[None], k[None], v[None], None, *FULL, None, scales), "q, k, v: got .* allowed: one sequence"),
+        ((q[None], k[None], v[None], None, *FULL, None, scales), r"k: got \[1, 20, .* allowed: .* one sequence"),
+        ((q, k, v, gate, *FULL), "scales: got None, allowed: those of q, k and v in"),
     ):
         with pytest.raises(ValueError, match=match):
             ATTENTION(*given)

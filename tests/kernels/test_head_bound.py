@@ -29,6 +29,6 @@ def test_no_head_exceeds_it(experts, size):
 
 
 def test_gains_that_experts_do_not_divide():
-    for gain, experts in ((torch.ones(7), 3), (torch.ones(2, 3), 1), (torch.ones(3), 0)):
+    for gain, experts in ((torch.ones(7), 3), (torch.ones(2, 3), 1), (torch.ones(3), 0), (torch.ones(0), 1)):
         with pytest.raises(ValueError, match=r"gain: got \["):
             ops.head_bound(gain, experts)

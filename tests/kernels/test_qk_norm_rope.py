@@ -153,6 +153,7 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference():
         (3, torch.ones(6, 18), "rope"),
         (4, 2, "experts"),
         (4, 3, "counts"),
+        (10, torch.int8, "dtype"),
     ],
 )
 def test_wrong_inputs_name_the_field(i, change, field):

@@ -24,3 +24,6 @@ def test_what_is_refused():
     for x in (torch.zeros(2, 3), torch.zeros(2, 3, 4).to(E4M3), torch.zeros(2, 3, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"x: got \[2, 3.*, allowed: \[L, H, D\], floats of 16 bits or more"):
             ops.transpose_to_codes(x, torch.ones(1))
+    for inverse in (torch.ones(16), torch.tensor(1.0), torch.ones(1, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"inverse: got \[.*, allowed: \[1\] torch.float32"):
+            ops.transpose_to_codes(torch.zeros(2, 3, 4), inverse)

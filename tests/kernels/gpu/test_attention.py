@@ -296,6 +296,16 @@ def test_many_weights_are_summed_in_float32():
     torch.testing.assert_close(out[0], exact.mean(0).expand(out[0].shape).to(torch.bfloat16), rtol=2.0**-7, atol=1e-6)
 
 
+def test_values_of_codes_that_are_a_part_of_longer_rows():
+    (q, k, v, gate), scales, _ = of_codes(20)
+    longer = torch.full((*v.shape[:2], 80), 448.0, device=DEVICE).to(E4M3)
+    longer[..., :32] = v
+    out = [ATTENTION.outputs(q, k, v, gate, *FULL, None, scales)[0] for _ in range(2)]
+    for made, values in zip(out, (v, longer[..., :32]), strict=True):
+        attention.run((made,), None, q, k, values, gate, *FULL, None, scales, config=CODES[0])
+    assert torch.equal(*out)
+
+
 def test_heads_that_are_not_taken_in_eight_bits():
     given, scales, _ = of_codes(6, dim=48)
     assert attention.supports(*given, *FULL, None, scales) == "head dimension 48, allowed in eight bits: 32, 64, 128"
