@@ -130,9 +130,18 @@ def is_view(node: fx.Node) -> bool:
         return False
     if not torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd"):
         return any(result.alias_info is not None for result in target._schema.returns)
+    known = node.meta.get("view")  # asked many times of each node, and found out by a call on fake tensors
+    if known is None or known[0] is not node.args or known[1] is not node.kwargs:
+        node.meta["view"] = known = (node.args, node.kwargs, _shares_memory(node))
+    return bool(known[2])
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Whether what a call returns for fake tensors lies where an argument lies."""
     args, kwargs = value_of(node.args), value_of(node.kwargs)
     given = {x.untyped_storage()._cdata for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-    made = [x for x in pytree.tree_leaves(on_fakes(target, *args, **kwargs)) if isinstance(x, Tensor)]
+    assert callable(node.target)
+    made = [x for x in pytree.tree_leaves(on_fakes(node.target, *args, **kwargs)) if isinstance(x, Tensor)]
     return any(x.untyped_storage()._cdata in given for x in made)
 
 
