@@ -12,14 +12,14 @@ from horsepower.graph import passes
 from horsepower.graph.capture import capture
 from horsepower.graph.formats import formats
 from horsepower.graph.passes import PASSES
-from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_TENSOR, SCHEMES
+from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_TENSOR
 from horsepower.runtime.compiled import compile
 from horsepower.runtime.models.dit import DiT, rotate
 from models import DYNAMIC, TINY, VARIANTS, random_inputs, random_model
 from recordings import relative_error
 
 WHOLE = [each for each in PASSES if each.__name__ != "lower"]
-CONFIG = replace(TINY, hidden_size=128, head_dim=32)
+CONFIG = replace(TINY, num_layers=2, mm_layers=(0,), hidden_size=128, head_dim=32)
 LARGEST = 64.0
 
 
@@ -36,13 +36,14 @@ def reasons(plan):
     return Counter(site.refused for site in plan.sites if site.rewrite == "quantise_attention")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["default", "windowed", "per_head"])
 def test_every_attention_of_the_model(name):
     """Bounds, scales and gains are found when the plan is loaded; a step turns the values, and that is all."""
     model = random_model(replace(CONFIG, **VARIANTS[name]))
     plain, plan = (run(model, scheme).plan for scheme in (FP8, FP8_ATTENTION))
     layers = CONFIG.num_layers
     assert reasons(plan) == {None: layers}
+    assert not reasons(plain)  # off, there is no word of it
     more = names(plan) - names(plain)
     assert {each: n for each, n in more.items() if not each.startswith("_operator")} == {"transpose_to_codes": layers}
     loads = Counter(call.target for call in plan.loads) - Counter(call.target for call in plain.loads)
@@ -62,13 +63,7 @@ def test_a_step_is_as_far_from_float64_as_its_codes_are(name):
         some, all_ = (run(model, scheme)(*lengths, 3) for scheme in (FP8, FP8_ATTENTION))
     for one, other, true in zip(all_, some, want, strict=True):
         assert not torch.equal(one, other)
-        assert relative_error(one, true) < 1.25 * relative_error(other, true) < 0.5
-
-
-def test_other_schemes_leave_it_as_it_is():
-    model = random_model(CONFIG)
-    for scheme in (None, *(each for each in SCHEMES.values() if each.inputs == "token" and not each.attention)):
-        assert not reasons(run(model, scheme).plan)
+        assert relative_error(one, true) < 1.6 * relative_error(other, true) < 0.2
 
 
 def test_the_switch_composes_with_scales_a_tensor():
@@ -79,19 +74,15 @@ def test_the_switch_composes_with_scales_a_tensor():
 
 
 def test_attention_of_layers_that_are_kept_stays():
-    for pattern, reason in (
-        ("block.layers.1.*", "kept: block.layers.1.*"),
-        ("block.layers.1.attention", "kept: block.layers.1.attention"),
-        ("block.layers.1.attention.linear_qkv", "its projection stays as it is"),
-    ):
-        plan = run(random_model(CONFIG), FP8_ATTENTION.keeping([pattern])).plan
-        assert reasons(plan) == {None: CONFIG.num_layers - 1, reason: 1}
-    run(random_model(CONFIG), FP8.keeping(["block.layers.1.attention"]))  # as it does anyway: one list for both
+    names = ("block.layers.0.attention", "block.layers.1.attention.linear_qkv")
+    plan = run(random_model(CONFIG), FP8_ATTENTION.keeping(names)).plan
+    assert reasons(plan) == {f"kept: {names[0]}": 1, "its projection stays as it is": 1}
+    run(random_model(CONFIG), FP8.keeping(names))  # one list for both, as checkpoints have
 
 
 def test_heads_that_no_kernel_takes():
-    config = replace(TINY, hidden_size=4 * 48, head_dim=48)
-    assert reasons(run(random_model(config), FP8_ATTENTION).plan) == {"heads of 48 have no kernel of eight bits": 3}
+    config = replace(CONFIG, hidden_size=4 * 48, head_dim=48)
+    assert reasons(run(random_model(config), FP8_ATTENTION).plan) == {"heads of 48 have no kernel of eight bits": 2}
 
 
 HEADS, D = 4, 32
