@@ -84,7 +84,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower one, median, upper one; of a single value it thrice."""
     if len(values) == 1:
         return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
 
@@ -127,7 +127,7 @@ def _table(title: str, of: str, rows: Sequence[Row], found: Profile) -> Table:
 
 def _figure(title: str, rows: Sequence[Row]) -> Figure:
     def bar(name: str, seconds: tuple[float, ...]) -> Bar:
-        low, middle, high = (max(0.0, 1e3 * each) for each in quartiles(seconds))
+        low, middle, high = (1e3 * each for each in quartiles(seconds))
         return Bar(name, middle, low, high)
 
     return Figure(title, bars(title, [bar(name, seconds) for name, _, seconds, _ in rows], mark=0.0))

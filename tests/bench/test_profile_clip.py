@@ -9,6 +9,7 @@ import torch
 
 from horsepower.bench import profile_clip
 from horsepower.bench.profile_clip import ClipOptions, RangedDiT, Ranges, run_clip_once
+from horsepower.bench.profile_report import quartiles
 from horsepower.bench.ranges import places, traced
 from horsepower.bench.step import Tokens, inputs
 from horsepower.runtime.fused import FusedDiT, plan_velocity
@@ -85,3 +86,8 @@ def test_what_makes_no_clip_is_refused():
     for wrong, field in (({"duration": 0}, "duration"), ({"steps": 0}, "num_inference"), ({"trace": "a.txt"}, "trace")):
         with pytest.raises(ValueError, match=f"{field}.*: got .*, allowed: "):
             ClipOptions("A horse", **wrong)
+
+
+def test_quartiles_of_few_steps_lie_between_them():
+    assert quartiles([5.0]) == (5.0, 5.0, 5.0)
+    assert quartiles([400.0, 2.0]) == (101.5, 201.0, 300.5)
