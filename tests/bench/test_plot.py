@@ -76,5 +76,5 @@ def test_lines_that_cannot_be_drawn():
     for values in ([-1.0], [float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="series: got .*, allowed: finite"):
             drawn([Line("x", values)])
-    with pytest.raises(ValueError, match="series: got 5, allowed: at most 4"):
-        drawn(5 * LINES[:1])
+    with pytest.raises(ValueError, match="series: got 6, allowed: at most 5"):
+        drawn(6 * LINES[:1])
