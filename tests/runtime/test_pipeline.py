@@ -1,6 +1,7 @@
 """The latent pipeline, end to end, against recordings; then its parts."""
 
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
@@ -11,6 +12,7 @@ import torch
 from horsepower.quant.budget import LATENT_BUDGET
 from horsepower.quant.scheme import SCHEMES
 from horsepower.quantizing import plan_under
+from horsepower.runtime.calibration import calibrated, largest_inputs
 from horsepower.runtime.executor import weights_of
 from horsepower.runtime.foal import generate
 from horsepower.runtime.fused import FusedDiT
@@ -96,24 +98,31 @@ def test_end_to_end_with_the_models_own_attention(case, mode):
     """8 %, for guidance multiplies a kernel's rounding; more only where the reference itself strays a third as far."""
     floor = case.info.get("rel_l2_other_attention_kernel", 0.0)
     floor = max(floor.values()) if isinstance(floor, dict) else floor
-    results = end_to_end(case, FusedDiT) if mode == "fused" else as_it_is_written(case)
+    results = end_to_end(case, FusedDiT) if mode == "fused" else as_it_is_written(case)[0]
     for name in ("final.video", "final.audio"):
         assert relative_error(*results[name]) < max(0.08, 3 * floor), name
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize(
-    ("case", "scheme"), [*zip(CASES, cycle(("fp8", "fp8-weights"))), (CASES[0], "fp8-attention")], ids=str
+    ("case", "scheme"),
+    [*zip(CASES, cycle(("fp8", "fp8-weights"))), *((CASES[0], each) for each in ("fp8-attention", "fp8-tensor"))],
+    ids=str,
 )
 def test_end_to_end_in_eight_bits(case, scheme, monkeypatch):
     """Final latents within the default budget of those in 16 bits, and of the recording but for what 16 bits lose."""
     passes = sys.modules["horsepower.graph.passes.quantise_attention"]
     monkeypatch.setattr(passes, "HEADS_OF_CODES", (16,))  # of the recordings: too narrow for a kernel, not for this
 
-    def under(model: DiT) -> FusedDiT:
-        return FusedDiT(model, plan=plan_under(model, SCHEMES[scheme], CPU), weights=weights_of(model))
+    plain, largest = as_it_is_written(case)
+    of_models = iter(largest)
 
-    eight, plain = end_to_end(case, under), as_it_is_written(case)
+    def under(model: DiT) -> FusedDiT:
+        chosen, seen = SCHEMES[scheme], next(of_models)
+        chosen = calibrated(chosen, seen) if chosen.inputs == "tensor" else chosen
+        return FusedDiT(model, plan=plan_under(model, chosen, CPU), weights=weights_of(model))
+
+    eight = end_to_end(case, under)
     for name in ("final.video", "final.audio"):
         error, off = relative_error(eight[name][0], plain[name][0]), relative_error(*eight[name])
         assert error < LATENT_BUDGET, f"{name}: {scheme} is off by {error:.4f} from bf16"
@@ -121,8 +130,16 @@ def test_end_to_end_in_eight_bits(case, scheme, monkeypatch):
 
 
 @cache
-def as_it_is_written(case: Recording) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return end_to_end(case)
+def as_it_is_written(case: Recording) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list[dict]]:
+    """What `end_to_end` gives, and the largest inputs of each model's layers."""
+    largest = []
+    with ExitStack() as watching:
+
+        def watched(model: DiT) -> DiT:
+            largest.append(watching.enter_context(largest_inputs(model)))
+            return model
+
+        return end_to_end(case, watched), largest
 
 
 def end_to_end(case: Recording, prepared=lambda model: model) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
