@@ -27,7 +27,7 @@ def turned(shape: Iterable[int]) -> tuple[int, int, int]:
 def outputs(x: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
     """x [L, H, D] -> codes [H, D, L up to a multiple of 16] in e4m3, of x times `inverse`, float32 [1]; zeros behind L.
 
-    Raises ValueError for others.
+    Raises ValueError for another rank, dtype or `inverse`.
     """
     if x.ndim != 3 or not x.is_floating_point() or x.itemsize < 2:
         raise ValueError(f"x: got {list(x.shape)} {x.dtype}, allowed: [L, H, D], floats of 16 bits or more")

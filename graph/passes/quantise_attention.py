@@ -54,11 +54,9 @@ def _refusal(scheme: Scheme, node: fx.Node) -> str | None:
 
 def _quantise(graph: Graph, node: fx.Node) -> fx.Node:
     """The same attention of codes, in its place."""
+    q_scale, k_scale = _heads_in_codes(graph, args_of(args_of(node)[0])[0])
     q, k, v, *others = args_of(node)
     others += [None] * (7 - len(others))  # `inverse`, if the result is no code
-    projection = args_of(q)[0]
-    q_scale, k_scale = _heads_in_codes(graph, projection)
-    q, k = args_of(node)[:2]
     values = values_of(v)
     assert values is not None
 
