@@ -11,11 +11,11 @@ from horsepower import Engine, cli, quantizing
 from horsepower.bench import clips
 from horsepower.quantizing import Options, quantise, read_prompts
 from horsepower.runtime.checkpoint import SINGLE
-from horsepower.runtime.engine import open_source
 from horsepower.runtime.foal import Foal
 from horsepower.runtime.pipeline import Stage
 from horsepower.runtime.presets import FOAL_MODELS
 from horsepower.runtime.quantised_checkpoint import Stored
+from horsepower.runtime.engine import open_source
 
 CONFIG = replace(FOAL_MODELS["distill"], num_layers=2, hidden_size=64, head_dim=16, mm_layers=(0,), gelu7_layers=(0,))
 ATTENTIONS = ("block.layers.0.attention", "block.layers.1.attention")
@@ -158,7 +158,7 @@ def test_super_resolution_begins_with_what_the_base_makes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "int4"}, "scheme: got 'int4', allowed: fp8, fp8-tensor, fp8-weights"),
+        ({"scheme": "int4"}, "scheme: got 'int4', allowed: fp8, fp8-attention, fp8-tensor, fp8-weights"),
         ({"budget": 0.0}, "budget: got 0.0, allowed: a number above 0"),
         ({"latent_budget": float("nan")}, "latent_budget: got nan"),
         ({"prompts": ()}, "calibrate: got no prompts"),
