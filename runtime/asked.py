@@ -4,10 +4,24 @@ import torch
 
 from horsepower.kernels.target import target_of
 from horsepower.quant.scheme import Scheme
+from horsepower.runtime.devices import indexed
 from horsepower.runtime.quantised_checkpoint import Stored
 
 MODES = ("fused", "eager")
 DTYPES = (torch.bfloat16, torch.float32)
+
+
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """A device by its name; None takes the first GPU, else the CPU. Raises ValueError for one that is not there."""
+    if device is None:
+        return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, allowed: cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: got {str(chosen)!r}, allowed: cpu, or cuda where torch finds a GPU")
+    return indexed(chosen)
 
 
 def mode_of(mode: str | None, device: torch.device) -> tuple[str, tuple[str, ...]]:

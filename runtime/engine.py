@@ -3,27 +3,21 @@
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
 from horsepower.graph.plan import Plan
 from horsepower.quant.scheme import Scheme, scheme_of
 from horsepower.runtime import memory
-from horsepower.runtime.asked import bytes_of, dtype_of, mode_of, scheme_for
-from horsepower.runtime.devices import indexed
+from horsepower.runtime.asked import bytes_of, checked_device, dtype_of, mode_of, scheme_for
 from horsepower.runtime.fused import FusedDiT, plan_velocity
-from horsepower.runtime.media import image_pixels, open_image, read_audio
+from horsepower.runtime.job import Job
 from horsepower.runtime.memory import DiTBytes
-from horsepower.runtime.models.audio_vae import CODEC_RATE, OUTPUT_RATE, STRIDE
+from horsepower.runtime.models.audio_vae import OUTPUT_RATE
 from horsepower.runtime.models.dit import DiT
-from horsepower.runtime.models.text import TextEncoder
 from horsepower.runtime.phases import (
     AUDIO,
     IMAGE,
@@ -32,53 +26,17 @@ from horsepower.runtime.phases import (
     audio_latents,
     base_stage,
     phases_of,
-    super_resolution_stage,
     with_frames,
 )
-from horsepower.runtime.pipeline import (
-    Latents,
-    Stage,
-    Texts,
-    denoise,
-    prepare,
-    super_resolve,
-    to_frames,
-)
 from horsepower.runtime.presets import MODELS, ModelName, Sizes, sizes
-from horsepower.runtime.prompts import DEFAULT_NEGATIVE_PROMPT, structured_prompt
-from horsepower.runtime.quantised_checkpoint import preset_of
 from horsepower.runtime.request import Cancelled, Progress, Request, Result
 from horsepower.runtime.residence import HOST, Movable, Residence
-from horsepower.runtime.sampling import Noise, SeededNoise
-from horsepower.runtime.source import AudioCodec, ImageEncoder, Source, VideoDecoder, eager_dit
+from horsepower.runtime.sampling import SeededNoise
+from horsepower.runtime.source import Source, eager_dit, open_source
 from horsepower.runtime.te_dit import Scales
 from horsepower.runtime.tokens import AUDIO_CHANNELS, FPS, PATCH, VIDEO_CHANNELS, Grid
 from horsepower.runtime.turns import MemoryStatement, Part, Phase, least, state
 from horsepower.runtime.watch import Watch
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-class Conditions(NamedTuple):
-    """What a request gives beside its text, as latents: a frame for each stage's size, and sound."""
-
-    base_image: Tensor | None
-    final_image: Tensor | None
-    audio: Tensor | None
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request while it is worked on."""
-
-    request: Request
-    picture: Sizes
-    stage: Stage  # the base stage
-    statement: MemoryStatement
-    parts: Mapping[str, Part]
-    noise: Noise
-    watch: Watch
 
 
 class Engine:
@@ -165,8 +123,8 @@ class Engine:
         with self._turn(cancel), torch.no_grad():
             self._scales.check(self.scheme, self._models(sizes(request.resolution)))
             job = self._job(request, on_progress, cancel)
-            latents, notes = self._latents(job)
-            video, sound = self._decode(job, latents)
+            latents, notes = job.latents()
+            video, sound = job.decode(latents)
         notes = (*self._notes, *notes, *_rounding(request, job.picture), *job.statement.notes)
         return Result(video, sound, FPS, OUTPUT_RATE, request.seed, job.watch.timings, notes)
 
@@ -190,7 +148,7 @@ class Engine:
             try:
                 with self._scales.learning():
                     for request in requests:
-                        self._latents(self._job(request, None, None))
+                        self._job(request, None, None).latents()
             finally:
                 self._forget_models()
 
@@ -198,18 +156,10 @@ class Engine:
         self, request: Request, on_progress: Callable[[Progress], None] | None, cancel: threading.Event | None
     ) -> Job:  # fmt: skip
         stage, picture = base_stage(request, self.model), sizes(request.resolution)
-        statement, parts = self._state(request, picture)
+        statement, known = self._state(request, picture)
+        given = (request, self.model, picture, stage, self.device, statement)
         watch = Watch(self.device, on_progress, cancel)
-        return Job(request, picture, stage, statement, parts, SeededNoise(request.seed), watch)
-
-    def _latents(self, job: Job) -> tuple[Latents, tuple[str, ...]]:
-        """All stages before the decoders; and what is to be said of the prompt."""
-        texts, notes = self._read(job)
-        given = self._condition(job)
-        latents = self._denoise(job, texts, given)
-        if job.picture.super_resolution:
-            latents = self._super_resolve(job, latents, texts, given)
-        return latents, notes
+        return Job(*given, known, self._parts, self._scales, SeededNoise(request.seed), watch)
 
     def _models(self, picture: Sizes) -> list[ModelName]:
         """Those that a clip of this size runs through."""
@@ -266,18 +216,6 @@ class Engine:
         """Bytes for parts that wait, those that wait by now with them; a CPU has no memory but the device's."""
         return 0 if self.device.type == "cpu" else memory.free_bytes(HOST) + self._parts.host_bytes
 
-    @contextmanager
-    def _phase(self, job: Job, name: str) -> Iterator[None]:
-        """A phase of one step: its parts come first, others may have to go."""
-        self._enter(job, name)
-        with job.watch.stage(name):
-            yield
-
-    def _enter(self, job: Job, name: str) -> None:
-        turn = next(turn for turn in job.statement.turns if turn.phase == name)
-        with job.watch.clock(name):
-            self._parts.follow(turn, job.parts)
-
     def _open(self) -> None:
         """Load the base model, then the text encoder, for which it gives way if both do not fit."""
         self._check_channels(self.model)
@@ -311,77 +249,6 @@ class Engine:
         dit = self._parts[name] if name in self._parts.there else None
         held = dit.arena_bytes if isinstance(dit, FusedDiT) else 0  # of a larger clip, perhaps
         return size._replace(arena=max(size.arena, held))
-
-    def _read(self, job: Job) -> tuple[Texts, tuple[str, ...]]:
-        """Encode the prompts; and say if the prompt had to be cut."""
-        request, guided_later = job.request, job.request.super_resolution_guidance is not None
-        with self._phase(job, "text"):
-            prompt = structured_prompt(request.prompt, request.speech_text, request.speech_language)
-            encoder: TextEncoder = self._parts[TEXT]
-            encoded, negative = encoder(prompt), None
-            if job.stage.guidance is not None or guided_later:
-                negative = encoder(request.negative_prompt or DEFAULT_NEGATIVE_PROMPT).features
-        kept = len(encoded.features)
-        cut = (f"prompt: {encoded.total_tokens} tokens, of which the first {kept} were used",)
-        return Texts(encoded.features, negative), cut if encoded.total_tokens > kept else ()
-
-    def _condition(self, job: Job) -> Conditions:
-        """Encode the given image and sound, if any; sound first, since it draws noise."""
-        request, picture = job.request, job.picture
-        if request.image is None and request.audio is None:
-            return Conditions(None, None, None)
-        with self._phase(job, "conditioning"):
-            audio = base_image = final_image = None
-            if request.audio is not None:
-                wave = read_audio(request.audio, request.duration)
-                if len(wave) < STRIDE:
-                    got = f"{len(wave) / CODEC_RATE:.3f} seconds of sound"
-                    raise ValueError(f"audio: got {got}, allowed: at least {STRIDE / CODEC_RATE}")
-                codec: AudioCodec = self._parts[AUDIO]
-                audio = codec.encode(wave.expand(2, -1).to(self.device), job.noise)
-            if request.image is not None:
-                image = open_image(request.image)
-                base_image = self._encode_image(image, picture.base)
-                if picture.super_resolution:
-                    final_image = self._encode_image(image, picture.final)
-            return Conditions(base_image, final_image, audio)
-
-    def _encode_image(self, image: "Image", size: tuple[int, int]) -> Tensor:
-        encoder: ImageEncoder = self._parts[IMAGE]
-        return encoder(image_pixels(image, *size).to(self.device))
-
-    def _denoise(self, job: Job, texts: Texts, given: Conditions) -> Latents:
-        """The base stage."""
-        request = job.request
-        audio = audio_latents(request) if given.audio is None else given.audio.shape[1]
-        self._enter(job, job.stage.name)
-        start = prepare(Grid.of(*job.picture.base, audio), job.noise, self.device, given.audio)
-        keep_audio = given.audio is not None and (request.keep_audio or self.model == "base")
-        model: DiT | FusedDiT = self._parts[self.model]
-        latents = denoise(model, start, texts, job.stage, job.noise, job.watch, given.base_image, keep_audio)
-        self._scales.keep(self.model, model)
-        return latents
-
-    def _super_resolve(self, job: Job, latents: Latents, texts: Texts, given: Conditions) -> Latents:
-        """The super-resolution stage of pictures that have one."""
-        picture, stage = job.picture, super_resolution_stage(job.request)
-        assert picture.super_resolution
-        self._enter(job, stage.name)
-        grid, model = Grid.of(*picture.final, latents.grid.audio), self._parts[picture.super_resolution]
-        latents = super_resolve(model, latents, grid, texts, stage, job.noise, job.watch, given.final_image)
-        self._scales.keep(picture.super_resolution, model)
-        return latents
-
-    def _decode(self, job: Job, latents: Latents) -> tuple[Tensor, Tensor]:
-        """Frames uint8 [F, H, W, 3] and sound float32 [S, 2], on the CPU."""
-        grid = latents.grid
-        width, height = grid.pixels
-        with self._phase(job, "video"):
-            decoder: VideoDecoder = self._parts[VIDEO]
-            video = to_frames(decoder(latents.video), (4 * grid.frames - 3, height, width))
-        with self._phase(job, "audio"):
-            codec: AudioCodec = self._parts[AUDIO]
-            return video, codec.decode(latents.audio).cpu()
 
     def _load(self, name: str) -> Movable:
         """A part on the device, from the source."""
@@ -425,34 +292,6 @@ def _check_request(request: Request, model: ModelName) -> None:
     if not isinstance(request, Request):
         raise ValueError(f"request: got {type(request).__name__}, allowed: a Request")
     base_stage(request, model)
-
-
-def open_source(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> Source:
-    """The preset "foal", or a folder of checkpoints. Raises ValueError if there is none."""
-    if folder == "foal":
-        from horsepower.runtime.foal import Foal
-
-        return Foal(device, dtype)
-    from horsepower.runtime.foal import StoredFoal
-    from horsepower.runtime.released import ReleasedFolder
-
-    if not isinstance(folder, str | os.PathLike) or not Path(folder).is_dir():
-        raise ValueError(f"folder: got {str(folder)!r}, allowed: a folder of checkpoints, or the preset foal")
-    kind = StoredFoal if preset_of(Path(folder)) == "foal" else ReleasedFolder
-    return kind(Path(folder), device, dtype)
-
-
-def checked_device(device: str | torch.device | None) -> torch.device:
-    """A device by its name; None takes the first GPU, else the CPU. Raises ValueError for one that is not there."""
-    if device is None:
-        return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {device!r}, allowed: cpu, cuda or cuda:N") from error
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: got {str(chosen)!r}, allowed: cpu, or cuda where torch finds a GPU")
-    return indexed(chosen)
 
 
 def _rounding(request: Request, picture: Sizes) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
 """Where an engine's parts come from: the built-in preset, or a folder of released checkpoints."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,7 +16,7 @@ from horsepower.runtime.models.text import TextEncoder
 from horsepower.runtime.models.turbo_vae import TurboDecoder
 from horsepower.runtime.phases import PartSizes
 from horsepower.runtime.presets import ModelName
-from horsepower.runtime.quantised_checkpoint import Stored
+from horsepower.runtime.quantised_checkpoint import Stored, preset_of
 from horsepower.runtime.residence import Movable
 
 if TYPE_CHECKING:
@@ -136,3 +138,18 @@ def eager_dit(source: Source, name: ModelName, device: torch.device, dtype: torc
     model = DiT(source.config(name), dtype, "meta")
     fill(model, source.weights(name), device)
     return model.eval()
+
+
+def open_source(folder: str | os.PathLike[str], device: torch.device, dtype: torch.dtype) -> Source:
+    """The preset "foal", or a folder of checkpoints. Raises ValueError if there is none."""
+    if folder == "foal":
+        from horsepower.runtime.foal import Foal
+
+        return Foal(device, dtype)
+    from horsepower.runtime.foal import StoredFoal
+    from horsepower.runtime.released import ReleasedFolder
+
+    if not isinstance(folder, str | os.PathLike) or not Path(folder).is_dir():
+        raise ValueError(f"folder: got {str(folder)!r}, allowed: a folder of checkpoints, or the preset foal")
+    kind = StoredFoal if preset_of(Path(folder)) == "foal" else ReleasedFolder
+    return kind(Path(folder), device, dtype)

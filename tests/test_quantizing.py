@@ -15,7 +15,7 @@ from horsepower.runtime.foal import Foal
 from horsepower.runtime.pipeline import Stage
 from horsepower.runtime.presets import FOAL_MODELS
 from horsepower.runtime.quantised_checkpoint import Stored
-from horsepower.runtime.engine import open_source
+from horsepower.runtime.source import open_source
 
 CONFIG = replace(FOAL_MODELS["distill"], num_layers=2, hidden_size=64, head_dim=16, mm_layers=(0,), gelu7_layers=(0,))
 ATTENTIONS = ("block.layers.0.attention", "block.layers.1.attention")

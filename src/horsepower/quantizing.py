@@ -20,16 +20,16 @@ from horsepower.kernels.target import target_of
 from horsepower.quant.budget import BUDGET, LATENT_BUDGET, ProductError, fewest
 from horsepower.quant.scheme import STORABLE, Scheme
 from horsepower.runtime import memory
+from horsepower.runtime.asked import checked_device
 from horsepower.runtime.calibration import MARGIN, ROWS, Calibration, calibrated, largest_inputs
 from horsepower.runtime.devices import free_bytes
-from horsepower.runtime.engine import checked_device, open_source
 from horsepower.runtime.fused import FusedDiT, plan_velocity
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.models.dit_config import DiTConfig
 from horsepower.runtime.pipeline import Latents
 from horsepower.runtime.presets import ModelName
 from horsepower.runtime.quantised_checkpoint import Stored, check_new, digest, new_folder, scales_of, write
-from horsepower.runtime.source import Source, eager_dit
+from horsepower.runtime.source import Source, eager_dit, open_source
 
 Say = Callable[[str], None]
 SMALL, REAL = ((192, 128), 1), ((448, 256), 5)  # pixels and seconds: of the preset's clips, of released models'

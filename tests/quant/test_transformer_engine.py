@@ -142,7 +142,7 @@ def test_what_a_calibration_refuses(hopper, monkeypatch):
             hopper.calibrate(requests)
     hopper.calibrate([HORSE])
     first = hopper.run(HORSE)
-    monkeypatch.setattr("horsepower.runtime.engine.super_resolve", None)  # fails at the first clip that asks for it
+    monkeypatch.setattr("horsepower.runtime.job.super_resolve", None)  # fails at the first clip that asks for it
     with pytest.raises(TypeError):
         hopper.calibrate([ROAD, replace(HORSE, resolution="540p")])
     assert torch.equal(hopper.run(HORSE).video, first.video)  # what was known before stays
