@@ -85,9 +85,9 @@ class Engine:
             fused on a CPU and on GPUs that there are kernels for, of capability 8.0 and newer.
         strict: a fusion that the model family expects and that does not happen is an error that says where; otherwise
             the model runs with those that did.
-        scheme: linear layers in eight bits: "fp8" (Hopper) or "fp8-weights", quantised while they are loaded; "te",
-            "te-block" and "te-delayed" (Hopper, mode "eager") by Transformer Engine, the last once it is calibrated.
-            None takes that of a quantised checkpoint.
+        scheme: linear layers in eight bits: "fp8-weights" or, on Hopper, "fp8", quantised while they are loaded;
+            "fp8-attention" (Hopper) has attention in eight bits too; "te", "te-block" and "te-delayed" (Hopper, mode
+            "eager") are Transformer Engine's, the last once it is calibrated. None takes a quantised checkpoint's.
         device_memory: bytes of the device that the engine may take; None: what is free. Where not all parts of a
             request fit beside each other they take turns, waiting on the host; bits of clips do not depend on it.
         The base model and the text encoder are loaded now, other parts when a request first needs them.
