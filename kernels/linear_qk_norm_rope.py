@@ -45,8 +45,9 @@ def expand(
 ) -> tuple[Any, ...]:  # fmt: skip
     """The product, then the epilogue over its columns."""
     ops = torch.ops.horsepower
-    u = call(ops.linear.default, x, weight, experts, counts, x_scale, weight_scale)
-    qk = call(ops.qk_norm_rope.default, u, q_gain, k_gain, rope, experts, counts, heads_q, heads_kv, eps, paired, dtype)
+    scales, into = () if weight_scale is None else (x_scale, weight_scale), () if dtype is None else (dtype,)
+    u = call(ops.linear.default, x, weight, experts, counts, *scales)
+    qk = call(ops.qk_norm_rope.default, u, q_gain, k_gain, rope, experts, counts, heads_q, heads_kv, eps, paired, *into)
     rest = call(torch.ops.aten.slice.Tensor, u, 1, (heads_q + heads_kv) * head_dim, sys.maxsize)
     return call(getitem, qk, 0), call(getitem, qk, 1), rest
 

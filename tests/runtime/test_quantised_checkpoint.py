@@ -188,7 +188,10 @@ def test_nothing_is_written_over(folder, tmp_path):
         ("{", "allowed: JSON with a version"),
         (json.dumps({"version": VERSION + 1}), f"got version {VERSION + 1} .*allowed: {VERSION}"),
         (json.dumps({"version": VERSION, "keep": []}), "allowed: model, config, scheme, keep"),
-        (stored(scheme="int4").metadata()[KEY], "got scheme 'int4', allowed: fp8, fp8-tensor, fp8-weights"),
+        (
+            stored(scheme="int4").metadata()[KEY],
+            "got scheme 'int4', allowed: fp8, fp8-attention, fp8-tensor",
+        ),
         (stored(model="base").metadata()[KEY], "model distill: got a quantised checkpoint of base"),
         (stored(config="0").metadata()[KEY], "model distill: got a quantised checkpoint of another configuration"),
     ],
@@ -277,7 +280,10 @@ def test_what_a_quantised_checkpoint_cannot_do(tmp_path, small):
         ({"mode": "eager"}, "mode: got eager with a checkpoint of fp8, allowed: fused"),
         ({"scheme": "fp8-weights", "dtype": torch.float32}, "scheme: got fp8-weights with torch.float32"),
         ({"scheme": SCHEMES["fp8-weights"].keeping(["*"])}, "scheme: got fp8-weights keeping 1 patterns for a check"),
-        ({"scheme": own}, "scheme: got own for a checkpoint of fp8 that keeps 0 layers, allowed: fp8, fp8-weights"),
+        (
+            {"scheme": own},
+            "scheme: got own for a checkpoint of fp8 that keeps 0 layers, allowed: fp8, fp8-attention, fp8-weights",
+        ),
         ({"model": "base", "scheme": "fp8-weights"}, "model: got 'base', allowed: distill"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -307,7 +313,7 @@ def test_scales_of_whole_layers_and_what_they_were_calibrated_to(tmp_path):
         with pytest.raises(ValueError, match=message):
             Engine.from_pretrained(folder, **given)
     with pytest.raises(
-        ValueError, match="scheme: got fp8-tensor for a checkpoint of fp8 .* allowed: fp8, fp8-weights,"
+        ValueError, match="scheme: got fp8-tensor for a checkpoint of fp8 .* allowed: fp8, fp8-attention, fp8-weights,"
     ):
         stored().scheme_for(FP8_TENSOR)
     altered(folder, tensors={QKV + SCALE: torch.ones(396, 1)}, said=source.stored("distill").metadata())

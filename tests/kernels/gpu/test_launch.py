@@ -40,6 +40,7 @@ from horsepower.kernels import ops
 from horsepower.kernels.gate import twins
 from horsepower.kernels.gpu.launch import compiled
 from horsepower.kernels.registry import OPS
+from horsepower.kernels.transpose_to_codes import turned
 from importlib import import_module
 
 found = {}
@@ -62,6 +63,8 @@ for name in twins():
             given = at(inputs, tokens)
             if name == "attention":  # frames and tokens of each
                 given[6:8] = tokens // 2 or 1, tokens // 2 * 2 or 1
+                if len(given) > 10:  # of codes, with scales
+                    given[2] = given[2].new_empty(turned(given[1].shape))
             workspace = torch.empty(op.workspace(["cuda"], *given), dtype=torch.uint8, device="meta")
             compiled("sm_90", lambda: twin.run(op.outputs(*given), workspace, *given))
         assert found
