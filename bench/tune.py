@@ -116,7 +116,7 @@ def measure(job: Job, arch: str, timer: Timer, device: str = "cuda") -> Point:
     for way in ways:
         run = _runner(op, way, arch, inputs, outputs)
         try:
-            reason = _refusal(op, way, inputs) or _fault(run, outputs, rows, exact, plain)
+            reason = _refusal(op, way, inputs) or _fault(op, run, outputs, rows, exact, plain)
         except Exception as error:  # out of resources, or whatever a library raises
             _finish(device)  # raises if the GPU is lost, and all further measurements with it
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -153,7 +153,7 @@ def filled(job: Job, device: str) -> tuple[Any, ...]:
         if name == "scales":  # of queries times keys, and of values
             return torch.tensor([CODES**-2, 1 / CODES], dtype=x.dtype, device=device)
         if name in SCALES:  # so that what the codes stand for has the same size
-            depth = job.inputs[1].shape[1]
+            depth = job.inputs[1].shape[-1]  # of weights, where there are scales of them
             scale = {"x_scale": 1.0, "weight_scale": depth**-0.5, "inverse": CODES**2}[name] / CODES
             return torch.full(x.shape, scale, dtype=x.dtype, device=device)
         values = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
@@ -186,8 +186,8 @@ def _refusal(op: Op, way: Candidate, inputs: Sequence[Any]) -> str | None:
 
 
 def _fault(
-    run: Run, outputs: Sequence[Tensor], rows: Tensor, exact: Sequence[Tensor], plain: Sequence[Tensor]
-) -> str | None:
+    op: Op, run: Run, outputs: Sequence[Tensor], rows: Tensor, exact: Sequence[Tensor], plain: Sequence[Tensor]
+) -> str | None:  # fmt: skip
     """What is wrong with the results, or None: the rule of `horsepower verify`."""
     for output in outputs:
         output.fill_(torch.nan)
@@ -195,7 +195,7 @@ def _fault(
         if not bool((got.float() if got.dtype == E4M3 else got).isfinite().all()):
             return "wrong: it leaves values that are not finite"
         size = right.double().norm()
-        error, own = (float((x.double() - right.double()).norm() / size) for x in (got[rows], eager))
+        error, own = (float((x.double() - right.double()).norm() / size) for x in (_picked(op, got, rows), eager))
         if error > max(1.1 * own, 4 * (FEW if got.dtype == E4M3 else ULP[got.dtype])):
             return f"wrong: its error is {error:.2g}, that of plain PyTorch {own:.2g}"
     return None
@@ -217,7 +217,13 @@ def _truth(op: Op, inputs: Sequence[Any], rows: Tensor, dtype: torch.dtype | Non
     """Some rows of the results by plain PyTorch, in a wider dtype if one is given."""
     if op.name == "attention":
         return (_attention(rows, *_cast(inputs, dtype)),)
-    return _plain(op, *_cast(_sampled(op, inputs, rows), dtype))
+    made = _plain(op, *_cast(_sampled(op, inputs, rows), dtype))
+    return [_picked(op, each, torch.arange(len(rows), device=rows.device)) for each in made]
+
+
+def _picked(op: Op, result: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a result; one that is turned has them last."""
+    return result[..., rows] if op.name == "transpose_to_codes" else result[rows]
 
 
 def _cast(inputs: Any, dtype: torch.dtype | None) -> Any:

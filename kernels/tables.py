@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "tuned"
 PARTS = "parts"  # the candidate that is the operator's expansion
 # Tensors whose rows are not tokens.
-WEIGHTS = frozenset(["weight", "weight_scale", "bias", "gain", "post_gain", "q_gain", "k_gain"])
+WEIGHTS = frozenset(
+    ["weight", "weight_scale", "bias", "gain", "post_gain", "q_gain", "k_gain", "inverse", "scales"]
+)  # fmt: skip
 # Of the prompt, or without effect on time; values are as wide as keys.
 VARYING = frozenset(["counts", "frames", "video", "eps", "v"])
 

@@ -161,6 +161,7 @@ QUANTISED = {
         sized(40, 4, 32, dtype=E4M3), sized(40, 2, 32, dtype=E4M3), sized(2, 32, 48, dtype=E4M3), meta(40, 4), 1, [],
         2, 20, 0, sized(1), sized(2),
     ),
+    "transpose_to_codes": (meta(40, 2, 32), sized(1)),
 }  # fmt: skip
 
 
@@ -172,8 +173,9 @@ def test_codes_are_checked_and_only_configurations_for_them_are_tried(name, monk
         for into, result in zip(out, op.reference(*inputs), strict=True):
             into.copy_(result)
         codes = next(each for each in out if each.dtype == E4M3)
+        row = codes[..., 39] if op.name == "transpose_to_codes" else codes[-1]
         if wrong[0]:
-            codes[-1] = -codes[-1].float()  # one row of forty
+            row.copy_(-row.float())  # one of forty
 
     monkeypatch.setattr(import_module(f"horsepower.kernels.gpu.{op.name}"), "run", run)
     job = Job(replace(op, kernels=(kernel("triton"),)), QUANTISED[name], 1)
@@ -183,7 +185,7 @@ def test_codes_are_checked_and_only_configurations_for_them_are_tried(name, monk
 
     point = measure(job, "sm_90", times, "cpu")
     tried = [each.candidate.config for each in point.timed if each.candidate.kernel == "triton"]
-    form = {"linear_activation": "w8a16", "attention": "BLOCK_M"}.get(name, "fp8")
+    form = {"linear_activation": "w8a16", "attention": "BLOCK_M", "transpose_to_codes": "TOKENS"}.get(name, "fp8")
     assert tried
     assert all(config.startswith(form) for config in tried)
     assert [each.failed for each in point.timed] == [None] * len(point.timed)
