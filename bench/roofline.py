@@ -17,6 +17,7 @@ from horsepower.graph.explain import Measured, block_of
 from horsepower.graph.graph import Graph
 from horsepower.graph.provenance import is_size, moves_nothing, title
 from horsepower.kernels.rates import Rates, Unit, unit_of_attention, unit_of_product
+from horsepower.kernels.registry import OPS, Op
 
 MATRIX = {"aten.linear", "aten.matmul", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"}
 ATTENTION = {"attention", "windowed_attention", "aten.scaled_dot_product_attention"}
@@ -67,6 +68,13 @@ def ladder(captured: Graph, parts: Graph, plans: Mapping[str, Graph], inputs: Se
 def grouped(kernels: Iterable[Kernel]) -> list[tuple[Kernel, int]]:
     """Equal kernels and how often they run."""
     return list(Counter(kernels).items())
+
+
+def calls_of(graph: Graph, inputs: Sequence[Any]) -> dict[Kernel, tuple[Op, tuple[Any, ...]]]:
+    """Of each distinct kernel of our operators in a plan: the operator, and its arguments on the meta device."""
+    found, fixed = Measured.of(graph, inputs), graph.fixed()
+    nodes = [node for node in found.work if node in found.given and node not in fixed]
+    return {_kernel([node], found): (OPS[title(node)], found.given[node]) for node in nodes}
 
 
 def _each(graph: Graph, inputs: Sequence[Any]) -> tuple[Kernel, ...]:

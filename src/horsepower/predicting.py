@@ -72,11 +72,6 @@ def plan_name(scheme: Scheme | None) -> str:
     return "plan" if scheme is None else f"plan, {scheme.name}"
 
 
-def rungs_of(model: DiT, tokens: Tokens, target: str) -> tuple[Rung, ...]:
-    """A step of a model on the meta device, as it runs before and after its fusions."""
-    return ladder(*graphs_of(model, target), pytree.tree_leaves(velocity_example(model, tokens.counts, tokens.frames)))
-
-
 def predict(gpu: str, resolution: str, tokens: Tokens | None = None, scheme: str | Scheme | None = None) -> Report:
     """The report on a denoising step of a pipeline's last stage; `tokens`: others than those of a clip of 5 seconds.
 
@@ -87,11 +82,18 @@ def predict(gpu: str, resolution: str, tokens: Tokens | None = None, scheme: str
     if scheme is not None:
         scheme.check(chosen.target)
     tokens = tokens or tokens_of(resolution)
-    rungs = rungs_of(step.released(variant), tokens, chosen.target)
+    model = step.released(variant)
+    inputs = pytree.tree_leaves(velocity_example(model, tokens.counts, tokens.frames))
+    captured, parts, plans = graphs_of(model, chosen.target)
+    rungs = ladder(captured, parts, plans, inputs)
     title = f"Roofline of a step: {variant}, {tokens} tokens in {tokens.frames} frames, on one {chosen.name}"
-    parts = (Paragraph(LEGEND), _rates(chosen), _ladder(rungs, chosen), _plot(rungs, chosen.reached))
-    plan = next(rung for rung in rungs if rung.name == plan_name(scheme))
-    return Report(title, machine(), (*parts, _kernels(plan, chosen), Paragraph(_missing())))
+    shown = (Paragraph(LEGEND), _rates(chosen), _ladder(rungs, chosen), _plot(rungs, chosen.reached))
+    plan, timed = next(rung for rung in rungs if rung.name == plan_name(scheme)), {}
+    if gpu == "here":
+        from horsepower.bench.timed import kernel_seconds
+
+        timed = kernel_seconds(plans[plan.name], inputs)
+    return Report(title, machine(), (*shown, _kernels(plan, chosen, timed), Paragraph(_measured(timed))))
 
 
 def _gpu(name: str) -> GPU:
@@ -150,12 +152,12 @@ def _plot(rungs: tuple[Rung, ...], rates: Rates) -> Figure:
     return Figure("Predicted time of a step, in multiples of the last rung's", bars("Predicted time of a step", rows))
 
 
-def _kernels(plan: Rung, gpu: GPU, measured: Mapping[Kernel, float] | None = None) -> Table:
+def _kernels(plan: Rung, gpu: GPU, measured: Mapping[Kernel, float]) -> Table:
     """measured: seconds of one run, of the kernels that were timed."""
     rows: list[tuple[Cell, ...]] = []
     for kernel, n in sorted(grouped(plan.kernels), key=lambda each: -each[1] * gpu.reached.seconds(each[0])):
         floor, predicted = (rates.seconds(kernel) for rates in (gpu.peak, gpu.reached))
-        took = (measured or {}).get(kernel)
+        took = measured.get(kernel)
         work = (kernel.flops / 1e9, kernel.bytes / 1e6, kernel.flops / kernel.bytes, gpu.reached.bound(kernel))
         times = (1e6 * floor, 1e6 * predicted, 1e3 * n * predicted)
         timed = (None, None) if took is None else (1e6 * took, floor / took)
@@ -165,6 +167,11 @@ def _kernels(plan: Rung, gpu: GPU, measured: Mapping[Kernel, float] | None = Non
     return Table(KERNELS, (*done, *times_of), tuple(rows), "GFLOP, MB and us are of one run.")
 
 
-def _missing() -> str:
-    why = "no kernel has been timed" if torch.cuda.is_available() else "this machine has no GPU"
+def _measured(timed: Mapping[Kernel, float]) -> str:
+    if timed:
+        return (
+            "Measured: the median of a kernel's rounds, as a CUDA graph by itself on random values, its weights from "
+            "memory. What is torch's own, such as embedders and heads, was not timed."
+        )
+    why = "--gpu here measures them" if torch.cuda.is_available() else "this machine has no GPU"
     return f"Measured times are missing: {why}. What is predicted here is arithmetic, not a measurement."
