@@ -26,7 +26,7 @@ from horsepower.bench.report import Cell, Figure, Paragraph, Report, Table
 from horsepower.bench.step import Tokens, inputs
 from horsepower.graph.passes import PASSES, Pass
 from horsepower.kernels.native_library import ISAS
-from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK, TE_DELAYED, Scheme
+from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS, TE, TE_BLOCK, TE_DELAYED, Scheme
 from horsepower.runtime.compiled import Compiled
 from horsepower.runtime.foal import generate
 from horsepower.runtime.fused import compile_velocity
@@ -38,7 +38,7 @@ Velocity = Callable[..., Any]
 Say = Callable[[str], None]
 
 FUSIONS = tuple(each for each in PASSES if each.__name__.startswith("fuse_"))
-SCHEMES = (FP8_WEIGHTS, FP8_TENSOR, FP8)  # of plans
+SCHEMES = (FP8_WEIGHTS, FP8_TENSOR, FP8, FP8_ATTENTION)  # of plans
 RECIPES = (TE, TE_BLOCK, TE_DELAYED)  # of Transformer Engine, in the place of a plan
 LABELS = {
     "eager": "eager",

@@ -13,7 +13,7 @@ from horsepower.bench.ladder import LABELS, Options, Rung, climb, measure
 from horsepower.bench.report import Figure, Paragraph, Table
 from horsepower.bench.step import Tokens
 from horsepower.graph.passes import PASSES
-from horsepower.quant.scheme import FP8, FP8_TENSOR, FP8_WEIGHTS
+from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_TENSOR, FP8_WEIGHTS
 from horsepower.runtime.presets import FOAL
 
 SMALL = Options(
@@ -75,8 +75,8 @@ def test_each_rung_adds_one_fusion_and_the_last_is_what_the_engine_runs():
     plans = list(ladder.climbed((), "sm_90"))
     others = ("eager", "whole", "regional", "te", "te-block", "te-delayed")
     assert [key for key, *_ in plans] == [key for key in LABELS if key not in others]
-    *fusions, weights, tensor, both = plans
-    assert [weights, tensor, both] == [(scheme.name, PASSES, scheme) for scheme in (FP8_WEIGHTS, FP8_TENSOR, FP8)]
+    fusions, schemes = plans[:-4], (FP8_WEIGHTS, FP8_TENSOR, FP8, FP8_ATTENTION)
+    assert plans[-4:] == [(scheme.name, PASSES, scheme) for scheme in schemes]
     assert [key for key, *_ in ladder.climbed(("plan",), "cpu")][-2:] == [ladder.ALL, "fp8-weights"]
     assert fusions[-1] == (ladder.ALL, PASSES, None)
     assert not any(each.__name__.startswith("fuse_") for each in fusions[0][1])
