@@ -153,7 +153,7 @@ def _ways(
     for key, make in makes.items():
         try:
             ways.append(make())
-        except Exception as error:
+        except Exception as error:  # a package that is not there, a plan that is refused: the row says so
             ways.append(Way(key, modules, modules.eager.velocity, 0))
             ways[-1].rung = Rung(key, failed=_said(error))
     return ways

@@ -58,7 +58,7 @@ class ClipOptions:
 
     def __post_init__(self) -> None:
         check_trace(self.trace)
-        assert self.request
+        _ = self.request  # refuses what makes no clip
 
     @property
     def request(self) -> Request:

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from horsepower.bench.roofline import Kernel, calls_of
 from horsepower.bench.tune import Job, Timer, cuda_timer, filled
 from horsepower.graph.graph import Graph
+from horsepower.kernels.registry import Op
 from horsepower.kernels.tables import Candidate
 
 
@@ -31,6 +33,6 @@ def kernel_seconds(
     return found
 
 
-def _run(op: Any, out: Sequence[Any], workspace: Any, values: Sequence[Any]) -> Sequence[Any]:
+def _run(op: Op, out: tuple[Tensor, ...], workspace: Tensor | None, values: Sequence[Any]) -> Sequence[Tensor]:
     op.write(out, workspace, *values)
     return out
