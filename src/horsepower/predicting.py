@@ -23,6 +23,7 @@ from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import PIPELINES, ModelName
 from horsepower.runtime.tokens import Grid
 
+SCHEMES = (FP8_WEIGHTS, FP8, FP8_ATTENTION)  # whose kernels are ours; those of scales a tensor are the library's
 KERNELS = "The plan's kernels"  # a title
 SECONDS, TEXT = 5, 400  # of the clip that published times are of; tokens of a typical prompt
 LEGEND = (
@@ -54,9 +55,7 @@ def variant_of(resolution: str) -> ModelName:
     return PIPELINES[resolution].super_resolution or "distill"
 
 
-def graphs_of(
-    model: DiT, target: str, schemes: Sequence[Scheme] = (FP8_WEIGHTS, FP8, FP8_ATTENTION)
-) -> tuple[Graph, Graph, dict[str, Graph]]:
+def graphs_of(model: DiT, target: str, schemes: Sequence[Scheme] = SCHEMES) -> tuple[Graph, Graph, dict[str, Graph]]:
     """A step of a model on the meta device: captured; with each fused operator as its parts; as the target runs it.
 
     The last by name: as it is, and under each scheme that the target has the arithmetic for.

@@ -25,8 +25,7 @@ from horsepower.kernels.choice import TOKENS, candidates, choose, predicted
 from horsepower.kernels.registry import OPS
 from horsepower.kernels.tables import Point
 from horsepower.kernels.target import GPUS, target_of
-from horsepower.predicting import tokens_of
-from horsepower.quant.scheme import FP8, FP8_ATTENTION, FP8_WEIGHTS
+from horsepower.predicting import SCHEMES, tokens_of
 from horsepower.runtime.fused import VELOCITY_SHAPES, velocity_example
 from horsepower.runtime.models.dit import DiT
 from horsepower.runtime.presets import PIPELINES
@@ -41,8 +40,6 @@ NOTHING = (
     "Nothing was measured and nothing written: this machine has no GPU. Below is what would be measured, and what the "
     "roofline predicts until then."
 )
-
-SCHEMES = (FP8_WEIGHTS, FP8, FP8_ATTENTION)  # that leave a choice: those of scales a tensor are the library's
 
 
 def tune_released(
