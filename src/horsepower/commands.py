@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from horsepower.terminal import check_files, publish, say, show, summarise
 
 if TYPE_CHECKING:
+    from horsepower.bench.report import Report
     from horsepower.bench.step import Tokens
 
 TOKENS = "446,26,40"
@@ -157,12 +158,7 @@ def profile(arguments: argparse.Namespace) -> int:
     check_files(arguments)
     given = _given(arguments, ("rounds", "trace"))
     options = Options(_tokens(arguments), arguments.variant, _device(arguments), **given)
-    if arguments.once:
-        print(run_once(options))
-        return 0
-    report = profile(options)
-    publish(arguments, report, report)
-    return 0
+    return _profiled(arguments, options, profile, run_once)
 
 
 def _profile_clip(arguments: argparse.Namespace) -> int:
@@ -175,10 +171,17 @@ def _profile_clip(arguments: argparse.Namespace) -> int:
         given["resolution"] = _resolution(arguments.resolution)
     where = (arguments.model or arguments.preset, arguments.variant, _device(arguments))
     options = ClipOptions(arguments.prompt, *where, **given)
+    return _profiled(arguments, options, profile_clip, run_clip_once)
+
+
+def _profiled(
+    arguments: argparse.Namespace, options: Any, profile: Callable[[Any], "Report"], once: Callable[[Any], str]
+) -> int:
+    """Once for NVIDIA's profilers, or as a report."""
     if arguments.once:
-        print(run_clip_once(options))
+        print(once(options))
         return 0
-    report = profile_clip(options)
+    report = profile(options)
     publish(arguments, report, report)
     return 0
 
